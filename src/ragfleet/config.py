@@ -1,0 +1,186 @@
+"""The one frozen configuration of a run.
+
+Owns every user-facing setting, its default and its one-line description: the command line,
+`--config run.toml`, the documents and the Python API are all made from the fields below.
+It knows nothing of argument parsing, files, GPUs or models.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from ragfleet.errors import ConfigError
+
+InferenceType = Literal["local", "huggingface", "togetherai"]
+EngineName = Literal["auto", "transformers", "echo"]
+GpuPick = Literal["free", "all"]
+Device = Literal["auto", "cpu"]
+Precision = Literal["auto", "fp32", "fp16", "bf16"]
+TruncateContext = Literal["error", "head", "tail"]
+Schedule = Literal["dynamic", "static"]
+Dedup = Literal["auto", "off"]
+FailedContexts = Literal["row", "drop"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Settings of one run: contexts in, answers out.
+
+    Fields in `IDENTITY_FIELDS` decide what an answer is, so a run that changes one of them is another
+    run; all others may change between a start and its resume.
+    """
+
+    contexts_file: Path
+    """JSONL file of contexts: one object a line with at least `query` and `context`."""
+    output_file: Path
+    """JSONL file of results to write: one row per selected line, in input order."""
+    model_path: str | None = None
+    """Folder of a local model, or the Hub id with --inference_type huggingface."""
+    inference_type: InferenceType = "local"
+    """Where answers come from: a local folder, a Hugging Face Hub model, or the Together API."""
+    max_new_tokens: int = 512
+    """Most tokens to generate for one answer."""
+    temperature: float = 0.2
+    """Sampling temperature; 0 is greedy."""
+    top_p: float = 0.95
+    """Nucleus sampling: keep the smallest set of tokens whose probabilities sum to this."""
+    max_samples_per_worker: int | None = None
+    """Answer only the first so many lines of each worker's even, contiguous share (empty: all)."""
+    verbose: bool = False
+    """Print debug lines, and tracebacks of unexpected errors."""
+
+    engine: EngineName = "auto"
+    """What generates: transformers, or echo (no model: repeats the query; for tests and overhead)."""
+    num_workers: int | None = None
+    """Number of worker processes (empty: 1; under torchrun its world size)."""
+    total_gpus: int | None = None
+    """GPUs of this machine to use (empty: all that are usable)."""
+    gpus_per_worker: int | None = None
+    """GPUs that each worker may use (empty: total_gpus // num_workers)."""
+    gpu_pick: GpuPick = "free"
+    """free: leave out GPUs whose memory others hold; all: take every visible GPU."""
+    device: Device = "auto"
+    """auto: GPUs if there are any; cpu: never touch a GPU."""
+    precision: Precision = "auto"
+    """Number format of the weights (auto: the checkpoint's own on a GPU, fp32 on CPU)."""
+    seed: int | None = None
+    """Seed of the run; each record draws from its own stream, whatever worker answers it."""
+    stop: tuple[str, ...] = ()
+    """Strings that end an answer (they are not part of it)."""
+    batch_size: int | None = None
+    """Most requests generated together by one worker (empty: 8 on CPU, 32 on a GPU)."""
+    max_model_len: int | None = None
+    """Most tokens of prompt plus answer (empty: the model's own limit)."""
+    truncate_context: TruncateContext = "error"
+    """A prompt that does not fit: fail it, or cut its context at the head or at the tail."""
+    prompt_template: Path | None = None
+    """Jinja2 file for the user message; it sees every field of the record."""
+    system_prompt: str | None = None
+    """System message instead of the default one ('' leaves it out)."""
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    """JSON object handed to the model's chat template, e.g. '{"enable_thinking": false}'."""
+    schedule: Schedule = "dynamic"
+    """dynamic: balanced by cost, idle workers steal; static: even contiguous slices."""
+    dedup: Dedup = "auto"
+    """auto: equal greedy requests are generated once; off: every line on its own."""
+    failed_contexts: FailedContexts = "row"
+    """Contexts with success=false: a failure row each, or dropped from the output."""
+    include_context: bool = False
+    """Repeat the context in every result."""
+    max_retries: int = 2
+    """How often a request is tried again after a failure that may pass."""
+    request_timeout_s: float | None = None
+    """Longest time for one request (empty: 600 s for a custom generate_answer, else none)."""
+    max_restarts: int = 3
+    """How often one worker is restarted after it died."""
+    retry_failed: bool = False
+    """Generate again what failed in an earlier run."""
+    overwrite: bool = False
+    """Start afresh: earlier files of this output are moved to .bak-<time>, never deleted."""
+    remove_shards: bool = False
+    """Delete the per-worker files after a complete merge."""
+    fail_on_errors: bool = False
+    """Exit 3 when any row failed."""
+    trust_remote_code: bool = False
+    """Allow a model folder to bring its own Python code."""
+    inference_class: str | None = None
+    """Your own backend: file.py:ClassName, a subclass of QueryBasedInference."""
+
+    def __post_init__(self) -> None:
+        for name in ("contexts_file", "output_file", "prompt_template"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, Path):
+                object.__setattr__(self, name, Path(value))
+        object.__setattr__(self, "stop", tuple(self.stop))
+        self._check()
+
+    def _check(self) -> None:
+        def require(condition: bool, message: str) -> None:
+            if not condition:
+                raise ConfigError(message)
+
+        def at_least(name: str, least: float) -> None:
+            value = getattr(self, name)
+            require(
+                value is None or value >= least,
+                f"--{name} is {value}; it must be at least {least}.",
+            )
+
+        for name in ("num_workers", "gpus_per_worker", "max_samples_per_worker", "batch_size"):
+            at_least(name, 1)
+        for name in ("max_new_tokens", "max_model_len"):
+            at_least(name, 1)
+        for name in ("total_gpus", "max_retries", "max_restarts", "temperature", "seed"):
+            at_least(name, 0)
+        require(0 < self.top_p <= 1, f"--top_p is {self.top_p}; it must be above 0 and at most 1.")
+        require(
+            self.request_timeout_s is None or self.request_timeout_s > 0,
+            f"--request_timeout_s is {self.request_timeout_s}; it must be above 0.",
+        )
+        require(all(self.stop), "--stop holds an empty string; leave it out.")
+        require(
+            self.inference_type != "togetherai",
+            "--inference_type togetherai is not in this version yet; use local or huggingface.",
+        )
+        if self.engine == "echo":
+            require(
+                self.inference_type == "local",
+                "--engine echo uses no model; leave --inference_type out.",
+            )
+        else:
+            require(
+                self.model_path is not None,
+                "--model_path is missing: name a model folder"
+                + (" or Hub id." if self.inference_type == "huggingface" else "."),
+            )
+        if self.device == "cpu":
+            for name in ("total_gpus", "gpus_per_worker"):
+                require(
+                    not getattr(self, name),
+                    f"--device cpu uses no GPU, but --{name} is {getattr(self, name)};"
+                    " leave one of the two out.",
+                )
+        if self.inference_class is not None:
+            file, colon, cls = self.inference_class.rpartition(":")
+            require(
+                bool(colon and cls.isidentifier() and file.endswith(".py")),
+                f"--inference_class is {self.inference_class!r}; it must be file.py:ClassName.",
+            )
+        if self.max_model_len is not None:
+            require(
+                self.max_model_len > self.max_new_tokens,
+                f"--max_model_len {self.max_model_len} leaves no room for a prompt beside"
+                f" --max_new_tokens {self.max_new_tokens}.",
+            )
+
+    def replace(self, **changes: Any) -> RunConfig:
+        """A copy with some fields changed."""
+        return dataclasses.replace(self, **changes)
+
+    @property
+    def distinct_samples(self) -> bool:
+        """Whether equal records are answered one by one (sampling, or --dedup off)."""
+        return self.temperature > 0 or self.dedup == "off"

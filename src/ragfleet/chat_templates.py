@@ -34,18 +34,15 @@ def render_chat(
     """
     now = datetime.fromisoformat(clock)
     return _compiled(source).render(
-        messages=[dict(message) for message in messages],
-        tools=None,
-        documents=None,
-        add_generation_prompt=True,
-        strftime_now=now.strftime,
-        **variables,
+        {
+            "messages": [dict(message) for message in messages],
+            "tools": None,
+            "documents": None,
+            "add_generation_prompt": True,
+            "strftime_now": now.strftime,
+            **variables,
+        }
     )
-
-
-def uses_clock(source: str | None) -> bool:
-    """Whether prompts depend on the day they are rendered."""
-    return source is not None and "strftime_now" in source
 
 
 @functools.lru_cache(maxsize=8)

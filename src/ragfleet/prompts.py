@@ -9,7 +9,8 @@ Jinja2 is imported only when a template is used: the built-in prompt is three f-
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ragfleet.engines.protocol import PromptSettings
@@ -35,7 +36,19 @@ Message = dict[str, str]
 
 
 class RecordPromptError(ValueError):
-    """A template cannot be rendered for one record; the message names template and field."""
+    """A prompt cannot be made for one record; `error_type` is what its failure row says."""
+
+    def __init__(self, message: str, error_type: str = "invalid_record") -> None:
+        super().__init__(message)
+        self.error_type = error_type
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CustomPrompts(PromptSettings):
+    """Settings whose user message is made by code: a subclass's `create_prompt`."""
+
+    user_message: Callable[[Mapping[str, Any], str, str, str | None], str]
+    """(record, query, context, retrieval_method) to text. Raises RecordPromptError."""
 
 
 def user_message(query: str, context: str, retrieval_method: str | None) -> str:
@@ -56,7 +69,9 @@ def build_messages(
     `query`, `context` and `retrieval_method` win over the record's own fields, so that a trimmed or
     replaced context reaches the template too. Raises RecordPromptError.
     """
-    if settings.template is None:
+    if isinstance(settings, CustomPrompts):
+        user = settings.user_message(record, query, context, retrieval_method)
+    elif settings.template is None:
         user = user_message(query, context, retrieval_method)
     else:
         user = render_template(settings.template, record, query, context, retrieval_method)

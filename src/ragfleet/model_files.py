@@ -1,0 +1,102 @@
+"""What a model's folder says about itself, without loading it.
+
+Owns the reading of config.json, generation_config.json and the tokenizer's side files. Knows
+nothing of weights, tokenizers or prompts.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ragfleet.errors import ModelError
+
+SPECIAL_TOKENS = tuple(
+    f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
+)
+_CONTEXT_LIMIT_KEYS = (
+    "max_position_embeddings",
+    "n_positions",
+    "max_seq_len",
+    "seq_length",
+    "max_sequence_length",
+    "n_ctx",
+)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in `path`, {} where there is no such file. Raises ModelError for a broken one."""
+    try:
+        value = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path}: cannot be read as JSON ({error}); download it again.") from None
+    if not isinstance(value, dict):
+        raise ModelError(f"{path}: holds no JSON object; download it again.")
+    return value
+
+
+def context_limit(model_dir: Path) -> int | None:
+    """Most tokens of prompt plus answer by config.json; None where it does not say.
+
+    YaRN, linear and dynamic RoPE scaling multiply the trained length, as vLLM reads them.
+    """
+    config = read_json(model_dir / "config.json")
+    text = config.get("text_config") or {}
+    limits = [
+        value
+        for key in _CONTEXT_LIMIT_KEYS
+        if isinstance(value := config.get(key, text.get(key)), int) and value > 0
+    ]
+    if not limits:
+        return None
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    kind = rope.get("rope_type", rope.get("type")) if isinstance(rope, dict) else None
+    if kind in ("yarn", "linear", "dynamic") and rope.get("factor"):
+        trained = rope.get("original_max_position_embeddings") or min(limits)
+        return int(trained * rope["factor"])
+    return min(limits)
+
+
+def special_tokens(model_dir: Path, config: Mapping[str, Any]) -> dict[str, str]:
+    """Named special tokens by `tokenizer_config.json` (`config`) and its older companion."""
+    named = dict(config)
+    if "added_tokens_decoder" not in config:  # the older layout, whose map file wins
+        named.update(read_json(model_dir / "special_tokens_map.json"))
+    tokens: dict[str, str] = {}
+    for name in SPECIAL_TOKENS:
+        value = named.get(name)
+        if isinstance(value, Mapping):
+            value = value.get("content")
+        if isinstance(value, str):
+            tokens[name] = value
+    return tokens
+
+
+def chat_template(model_dir: Path, config: Mapping[str, Any]) -> str | None:
+    """The default template: its own file, the tokenizer's config, or the processor's file."""
+    file = model_dir / "chat_template.jinja"
+    if file.is_file():
+        return file.read_text(encoding="utf-8")
+    found = config.get("chat_template")
+    if found is None:
+        found = read_json(model_dir / "chat_template.json").get("chat_template")
+    if isinstance(found, list):  # named templates
+        found = {entry["name"]: entry["template"] for entry in found}
+    if isinstance(found, Mapping):
+        found = found.get("default")
+    return found if isinstance(found, str) else None
+
+
+def configured_eos_ids(model_dir: Path) -> set[int]:
+    """The ids of generation_config.json that end an answer, else those of config.json."""
+    for name in ("generation_config.json", "config.json"):
+        config = read_json(model_dir / name)
+        text_config = config.get("text_config") or {}
+        value = config.get("eos_token_id", text_config.get("eos_token_id"))
+        if value is not None:
+            return set(value) if isinstance(value, list) else {value}
+    return set()

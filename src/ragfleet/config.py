@@ -29,8 +29,8 @@ FailedContexts = Literal["row", "drop"]
 class RunConfig:
     """Settings of one run: contexts in, answers out.
 
-    Fields in `IDENTITY_FIELDS` decide what an answer is, so a run that changes one of them is another
-    run; all others may change between a start and its resume.
+    What an answer depends on is the run's identity (`ragfleet.identity`): a start that changes it is
+    another run. All else may change between a start and its resume.
     """
 
     contexts_file: Path
@@ -152,7 +152,7 @@ class RunConfig:
             )
         else:
             require(
-                self.model_path is not None,
+                self.model_path is not None or self.inference_class is not None,
                 "--model_path is missing: name a model folder"
                 + (" or Hub id." if self.inference_type == "huggingface" else "."),
             )

@@ -72,6 +72,8 @@ class EngineInfo:
     name: str
     """For people: 'transformers 5.23.0, LlamaForCausalLM, fp32, cpu'."""
     max_model_len: int | None
+    batch_size: int = 1
+    """Requests it works on together; a worker with fewer in flight looks for more to steal."""
     may_block: bool = False
     """True where `step` can block for as long as a user's code does."""
     notes: tuple[str, ...] = ()

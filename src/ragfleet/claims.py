@@ -1,0 +1,156 @@
+"""Claims: who works on which chunk. They only save work; they never decide what is correct.
+
+`decide` is a pure state machine: what the board shows and who is alive in, one instruction out, with no
+clock, disk or network. `ClaimStore` is its thin file store: names an operator can `ls -l`, never
+unlinked. A claim is a symbolic link that points nowhere: it is created exclusively and together with
+its contents, so nobody can see, or leave behind, a claim without an owner.
+
+    0000012.g0 -> 3.0:81920:results_rank3.jsonl   first claim of chunk 12; the highest generation owns
+    0000012.g1        taken over after its owner died
+    0000012.done      every request of it has an outcome in some shard
+    dead.3.0          worker 3's first process is gone (written by whoever reaped it)
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ragfleet.errors import StorageError
+
+
+@dataclass(frozen=True, slots=True)
+class Holder:
+    """Contents of a claim: who holds it, and where its finished lines go."""
+
+    owner: str
+    """`<rank>.<incarnation>`"""
+    shard: str
+    offset_bytes: int
+    """Size of the shard when the claim was made: a successor scans from here."""
+
+
+@dataclass(slots=True)
+class Board:
+    """What is known of all chunks.
+
+    Attributes:
+        slices: chunk numbers of each worker's slice, in claiming order.
+        costs: cost of each chunk.
+        claims: chunk → (generation, holder) of its highest claim seen.
+        done: chunks that are finished.
+        dead: owners known to be gone.
+    """
+
+    slices: Sequence[Sequence[int]]
+    costs: Sequence[float]
+    claims: dict[int, tuple[int, Holder]] = field(default_factory=dict)
+    done: set[int] = field(default_factory=set)
+    dead: set[str] = field(default_factory=set)
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """Create this claim; `previous` is the dead holder it is taken over from."""
+
+    chunk: int
+    generation: int
+    previous: Holder | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Wait:
+    """Others, alive, hold all that is left."""
+
+
+@dataclass(frozen=True, slots=True)
+class Leave:
+    """Every chunk is finished."""
+
+
+def decide(
+    board: Board, me: str, rank: int, is_alive: Callable[[str], bool], *, may_steal: bool
+) -> Claim | Wait | Leave:
+    """The next thing a worker with room should do.
+
+    Own slice first, in order; then, if it may steal, the slice with the most unclaimed cost; then what
+    dead owners left behind, whoever's slice it is.
+    """
+    if len(board.done) == len(board.costs):
+        return Leave()
+    own = board.slices[rank] if rank < len(board.slices) else ()
+    for chunk in own:
+        if chunk not in board.claims and chunk not in board.done:
+            return Claim(chunk, 0)
+    if may_steal:
+        behind = [
+            [chunk for chunk in part if chunk not in board.claims and chunk not in board.done]
+            for part in board.slices
+        ]
+        furthest = max(behind, key=lambda part: sum(board.costs[chunk] for chunk in part))
+        if furthest:
+            return Claim(furthest[0], 0)
+    for chunk, (generation, holder) in sorted(board.claims.items()):
+        if chunk in board.done or holder.owner == me:
+            continue
+        if holder.owner in board.dead or not is_alive(holder.owner):
+            return Claim(chunk, generation + 1, holder)
+    return Wait()
+
+
+class ClaimStore:
+    """The board as files of one directory, shared by all workers of one launch."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+
+    def refresh(self, board: Board) -> None:
+        """Read the directory; what a claim says is read once."""
+        for name in os.listdir(self._directory):
+            head, _, tail = name.partition(".")
+            if head == "dead":
+                board.dead.add(tail)
+            elif tail == "done":
+                board.done.add(int(head))
+            elif tail.startswith("g"):
+                chunk, generation = int(head), int(tail[1:])
+                known = board.claims.get(chunk)
+                if known is None or known[0] < generation:
+                    board.claims[chunk] = (generation, self.holder(chunk, generation))
+
+    def holder(self, chunk: int, generation: int) -> Holder:
+        owner, offset, shard = os.readlink(self._path(chunk, generation)).split(":", 2)
+        return Holder(owner, shard, int(offset))
+
+    def try_claim(self, claim: Claim, holder: Holder) -> bool:
+        """Create the claim; False when somebody else was first."""
+        path = self._path(claim.chunk, claim.generation)
+        try:
+            os.symlink(f"{holder.owner}:{holder.offset_bytes}:{holder.shard}", path)
+        except FileExistsError:
+            return False
+        except OSError as error:
+            raise StorageError(
+                f"Can't create {path}: {error.strerror} (the file system that holds the output"
+                " must support symbolic links)."
+            ) from error
+        return True
+
+    def _path(self, chunk: int, generation: int) -> Path:
+        return self._directory / f"{chunk:07d}.g{generation}"
+
+    def finish(self, chunk: int) -> None:
+        self._touch(f"{chunk:07d}.done")
+
+    def bury(self, owner: str) -> None:
+        """Say that an owner's process is gone, so that its claims are free at once."""
+        self._touch(f"dead.{owner}")
+
+    def _touch(self, name: str) -> None:
+        path = self._directory / name
+        try:
+            os.close(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC, 0o666))
+        except OSError as error:
+            raise StorageError(f"Can't create {path}: {error.strerror}.") from error

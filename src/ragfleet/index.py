@@ -1,0 +1,212 @@
+"""The one streaming pass over the input: where each record is, its key, its prefix group, its size.
+
+Owns the in-memory index of a contexts file (48 bytes a record) and the file-level complaints. It keeps no
+text: whoever needs a record reads it again at its offset and compares the line's hash.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import IntEnum
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import xxhash
+
+from ragfleet.errors import InputError
+from ragfleet.records import Head, InvalidRecord, Keyer, parse_head
+
+RECORD: Final = np.dtype(
+    [
+        ("offset", "<u8"),
+        ("line_hash", "<u8"),
+        ("key_hi", "<u8"),
+        ("key_lo", "<u8"),
+        ("length", "<u4"),
+        ("line_no", "<u4"),
+        ("leader", "<u4"),
+        ("kind", "<u4"),
+    ]
+)
+"""One row per record, in file order. `leader` is the row that is generated for this one's key."""
+
+GROUPING: Final = np.dtype([("group", "<u8"), ("prefix_bytes", "<u4"), ("suffix_bytes", "<u4")])
+"""What planning needs beside it, dropped afterwards."""
+
+_pack_record = struct.Struct("<QQ16sIIII").pack
+_pack_grouping = struct.Struct("<QII").pack
+_PROGRESS_EVERY: Final = 1 << 16
+_BUFFER_BYTES: Final = 1 << 20
+_UTF8_BOM: Final = b"\xef\xbb\xbf"
+
+
+class Kind(IntEnum):
+    """What a record is, before anything is generated."""
+
+    SEND = 0
+    INVALID = 1
+    FAILED_CONTEXT = 2
+
+
+@dataclass(frozen=True)
+class FileIdentity:
+    """Enough to notice that a file changed since it was indexed."""
+
+    size_bytes: int
+    mtime_ns: int
+
+    @classmethod
+    def of(cls, path: Path) -> FileIdentity:
+        stat = path.stat()
+        return cls(stat.st_size, stat.st_mtime_ns)
+
+
+@dataclass(frozen=True)
+class Index:
+    """All records of one contexts file.
+
+    Attributes:
+        records: [num_records] of RECORD. Keys are those of the line alone: `plan` tells repeats apart.
+        grouping: [num_records] of GROUPING.
+        num_missing_ids: records without an id, which are called line:<n>.
+        first_invalid: (line number, reason) of the first invalid lines, at most ten.
+    """
+
+    path: Path
+    identity: FileIdentity
+    records: np.ndarray[Any, np.dtype[np.void]]
+    grouping: np.ndarray[Any, np.dtype[np.void]]
+    num_missing_ids: int
+    first_invalid: tuple[tuple[int, str], ...]
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+
+def build_index(
+    path: Path, keyer: Keyer, on_progress: Callable[[int, float], None] | None = None
+) -> Index:
+    """Read the whole file once.
+
+    Args:
+        on_progress: called now and then with (records so far, share of the file read).
+
+    Raises:
+        InputError: no such file, empty, another encoding, not JSONL, or not one valid record.
+    """
+    identity = _open_checked(path)
+    rows, grouping = bytearray(), bytearray()
+    missing_ids = num_valid = num_undecodable = 0
+    first_invalid: list[tuple[int, str]] = []
+    undecodable_sample = b""
+    key_of, line_hash, group_hash = keyer.key, xxhash.xxh3_64_intdigest, xxhash.xxh3_64_intdigest
+    offset = line_no = num_records = 0
+    with open(path, "rb", buffering=_BUFFER_BYTES) as file:
+        if file.read(3) == _UTF8_BOM:
+            offset = 3
+        else:
+            file.seek(0)
+        for line in file:
+            line_no += 1
+            length = len(line)
+            head = parse_head(line)
+            if type(head) is Head:
+                num_valid += 1
+                if head.error is None:
+                    context = head.context.encode()
+                    method = head.retrieval_method
+                    rows += _pack_record(
+                        offset, line_hash(line), key_of(head, line), length, line_no, num_records, 0
+                    )
+                    grouping += _pack_grouping(
+                        group_hash(context if method is None else context + method.encode()),
+                        len(context),
+                        len(head.query.encode()),
+                    )
+                else:
+                    rows += _pack_record(
+                        offset, line_hash(line), b"", length, line_no, num_records, 2
+                    )
+                    grouping += _pack_grouping(0, 0, 0)
+                missing_ids += head.id is None
+                num_records += 1
+            elif not line.isspace():
+                assert isinstance(head, InvalidRecord)
+                rows += _pack_record(offset, line_hash(line), b"", length, line_no, num_records, 1)
+                grouping += _pack_grouping(0, 0, 0)
+                missing_ids += head.id is None
+                num_records += 1
+                if len(first_invalid) < 10:
+                    first_invalid.append((line_no, head.reason))
+                if head.undecodable:
+                    num_undecodable += 1
+                    undecodable_sample = undecodable_sample or line
+            offset += length
+            if on_progress is not None and line_no % _PROGRESS_EVERY == 0:
+                on_progress(num_records, offset / max(identity.size_bytes, 1))
+    if num_records == 0:
+        raise InputError(f"{path} has no records: every line is blank.")
+    if num_undecodable * 2 > num_records or (num_valid == 0 and num_undecodable):
+        raise InputError(_encoding_message(path, undecodable_sample))
+    if num_valid == 0:
+        number, reason = first_invalid[0]
+        raise InputError(
+            f"{path}: not one of {num_records} lines is a record; line {number}: {reason}."
+        )
+    return Index(
+        path=path,
+        identity=identity,
+        records=np.frombuffer(rows, RECORD),
+        grouping=np.frombuffer(grouping, GROUPING),
+        num_missing_ids=missing_ids,
+        first_invalid=tuple(first_invalid),
+    )
+
+
+def _open_checked(path: Path) -> FileIdentity:
+    try:
+        with open(path, "rb") as file:
+            start = file.read(4096)
+            is_regular = os.path.isfile(path)
+    except FileNotFoundError:
+        raise InputError(f"There is no contexts file {path}.") from None
+    except OSError as error:
+        raise InputError(f"Can't read the contexts file {path}: {error.strerror}.") from None
+    if not is_regular:
+        raise InputError(
+            f"{path} is not a regular file; it is read more than once, so save it first."
+        )
+    if not start:
+        raise InputError(f"The contexts file {path} is empty.")
+    if start[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        raise InputError(_convert(path, "UTF-16"))
+    if start[:2] == b"\x1f\x8b":
+        raise InputError(f"{path} is gzip-compressed; unpack it first: gunzip -k {path}")
+    if start[:1] == b"[":
+        raise InputError(
+            f"{path} is a JSON array, not JSONL with one object a line; convert it:"
+            f" jq -c '.[]' {path} > {path.with_suffix('.jsonl')}"
+        )
+    return FileIdentity.of(path)
+
+
+def _encoding_message(path: Path, line: bytes) -> str:
+    for encoding in ("gb18030", "big5", "shift_jis"):
+        try:
+            line.decode(encoding)
+        except UnicodeDecodeError:
+            continue
+        return _convert(path, encoding.upper().replace("_", "-"))
+    return _convert(path, "ISO-8859-1")
+
+
+def _convert(path: Path, encoding: str) -> str:
+    target = path.with_suffix(".utf8.jsonl")
+    return (
+        f"{path} is not UTF-8 (it looks like {encoding}); convert it:"
+        f" iconv -f {encoding} -t UTF-8 {path} > {target}"
+    )

@@ -1,0 +1,192 @@
+"""One launch of a run, as files: what its workers read, written once by whoever planned it.
+
+    results.run/
+      run.json                identity of the run: what its answers depend on
+      lock                    held by the process that plans and merges
+      logs/                   one log per worker, and run.log
+      launches/<launch_id>/   this start alone; may be deleted when nothing runs
+        records.npy order.npy chunks.npy finished.npy
+        launch.json           written last: its presence says that the plan is complete
+        claims/ beats/
+
+Owns these paths and formats. Knows nothing of how workers are started or what they do.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from ragfleet.claims import Board
+from ragfleet.engines.protocol import EngineSpec, PromptSettings, SamplingParams
+from ragfleet.errors import OutputError
+from ragfleet.shards import fsync_directory
+
+FORMAT: Final = 1
+
+
+class Launch(msgspec.Struct, frozen=True, kw_only=True):
+    """Everything a worker needs beside the arrays. Times in seconds."""
+
+    format: int = FORMAT
+    launch_id: str
+    contexts_file: str
+    input_size_bytes: int
+    input_mtime_ns: int
+    output_file: str
+    run_key: str
+    key_fields: list[str] | None
+    """Template fields that are part of a key; None for all."""
+    distinct_samples: bool
+    engine: str
+    inference_class: str | None
+    model_dir: str | None
+    inference_type: str
+    sampling: dict[str, Any]
+    prompts: dict[str, Any]
+    precision: str
+    batch_size: int | None
+    max_model_len: int | None
+    trust_remote_code: bool
+    max_retries: int
+    request_timeout_s: float | None
+    seed: int | None
+    include_context: bool
+    num_workers: int
+    may_steal: bool
+    beat_timeout_s: float
+
+    def engine_spec(self, num_gpus: int, num_threads: int) -> EngineSpec:
+        return EngineSpec(
+            model_dir=Path(self.model_dir) if self.model_dir is not None else None,
+            sampling=SamplingParams(**{**self.sampling, "stop": tuple(self.sampling["stop"])}),
+            prompts=PromptSettings(**self.prompts),
+            precision=self.precision,  # type: ignore[arg-type]
+            num_gpus=num_gpus,
+            num_threads=num_threads,
+            batch_size=self.batch_size,
+            max_model_len=self.max_model_len,
+            trust_remote_code=self.trust_remote_code,
+            max_retries=self.max_retries,
+            request_timeout_s=self.request_timeout_s,
+            inference_type=self.inference_type,
+        )
+
+
+@dataclass(frozen=True)
+class RunPaths:
+    """Where a run keeps its files, all beside the output file."""
+
+    output_file: Path
+
+    @property
+    def directory(self) -> Path:
+        return self.output_file.with_name(f"{self.output_file.stem}.run")
+
+    @property
+    def identity(self) -> Path:
+        return self.directory / "run.json"
+
+    @property
+    def lock(self) -> Path:
+        return self.directory / "lock"
+
+    @property
+    def logs(self) -> Path:
+        return self.directory / "logs"
+
+    @property
+    def launches(self) -> Path:
+        return self.directory / "launches"
+
+    def launch(self, launch_id: str) -> LaunchPaths:
+        return LaunchPaths(self.launches / launch_id)
+
+
+@dataclass(frozen=True)
+class LaunchPaths:
+    directory: Path
+
+    @property
+    def spec(self) -> Path:
+        return self.directory / "launch.json"
+
+    @property
+    def claims(self) -> Path:
+        return self.directory / "claims"
+
+    @property
+    def beats(self) -> Path:
+        return self.directory / "beats"
+
+    def array(self, name: str) -> Path:
+        return self.directory / f"{name}.npy"
+
+
+@dataclass(frozen=True)
+class Work:
+    """The arrays of a launch, memory-mapped for workers.
+
+    Attributes:
+        records: [num_records] of index.RECORD.
+        order: [num_requests] u4, rows of `records`.
+        chunks: [num_chunks] of plan.CHUNK.
+        finished: [num_requests] bool, already answered when the launch started.
+    """
+
+    records: NDArray[Any]
+    order: NDArray[Any]
+    chunks: NDArray[Any]
+    finished: NDArray[Any]
+
+    def board(self, num_workers: int) -> Board:
+        slices: list[list[int]] = [[] for _ in range(num_workers)]
+        for number, chunk in enumerate(self.chunks["slice"].tolist()):
+            slices[chunk].append(number)
+        return Board(slices=slices, costs=self.chunks["cost"].tolist())
+
+
+def write_launch(paths: LaunchPaths, launch: Launch, work: Work) -> None:
+    """Write the plan of a launch; `launch.json` appears last and whole."""
+    for directory in (paths.claims, paths.beats):
+        directory.mkdir(parents=True, exist_ok=True)
+    for name in ("records", "order", "chunks", "finished"):
+        np.save(paths.array(name), getattr(work, name))
+    write_atomically(paths.spec, msgspec.json.format(msgspec.json.encode(launch)))
+
+
+def read_launch(paths: LaunchPaths) -> Launch:
+    launch = msgspec.json.decode(paths.spec.read_bytes(), type=Launch)
+    if launch.format != FORMAT:
+        raise OutputError(f"{paths.spec} was written by another version of ragfleet.")
+    return launch
+
+
+def read_work(paths: LaunchPaths) -> Work:
+    arrays = {
+        name: np.load(paths.array(name), mmap_mode="r", allow_pickle=False)
+        for name in ("records", "order", "chunks", "finished")
+    }
+    return Work(**arrays)
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Replace `path` with `data`, whole or not at all, also across a power loss."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with open(temporary, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    fsync_directory(path.parent)
+
+
+def to_json(value: Mapping[str, Any]) -> bytes:
+    return msgspec.json.format(msgspec.json.encode(value)) + b"\n"

@@ -3,9 +3,9 @@
     python tools/make_small_model.py OUT [--hidden_size 64 --num_layers 2 --vocab_size 2048]
 
 Writes a complete Hugging Face folder: config.json, model.safetensors, a byte-level BPE tokenizer
-trained on the example contexts, a ChatML template and generation_config.json. Its answers are noise,
-but everything around them is real. The same settings give the same bytes; a folder that already
-holds a model made with the same settings is left alone.
+trained on the example contexts, a ChatML template and generation_config.json. Its answers are
+noise, but everything around them is real. The same settings give the same bytes; a folder that
+already holds a model made with the same settings is left alone.
 """
 
 from __future__ import annotations

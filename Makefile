@@ -1,0 +1,74 @@
+# make demo    install, make a small model, answer examples/contexts.jsonl with two workers
+# make test    install what tests need, lint, run the tests (make test-all: the slow ones too)
+# make lint    ruff, mypy, import-linter, shellcheck
+# make clean   remove what these targets made, except .venv
+#
+# PYTHON is the interpreter that .venv is made with:  make demo PYTHON=python3.12
+# pip's own settings apply, e.g. PIP_INDEX_URL, or for a torch without CUDA
+# PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make demo
+
+PYTHON ?= python3
+# The CPU, so that the demo is the same on every machine; DEMO_DEVICE=auto takes free GPUs.
+DEMO_DEVICE ?= cpu
+PYTEST_FLAGS ?= -n 2 --dist worksteal
+
+PY := .venv/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+INFER := utils/RAGutils/queryResultByInfer
+# A stamp is touched after its install succeeded, so repeated calls cost nothing, and a changed
+# pyproject.toml or constraints.txt installs again.
+LOCAL := .venv/.installed-local
+TEST := .venv/.installed-test
+NEEDS_PYTHON := Python 3.11 or newer is needed
+
+.PHONY: demo test test-all lint clean
+.DEFAULT_GOAL := demo
+.DELETE_ON_ERROR:
+.NOTPARALLEL: # two installs into one .venv must not meet
+
+demo: $(LOCAL) demo/model/config.json
+	$(PY) $(INFER)/multi_worker_inference.py \
+	  --contexts_file examples/contexts.jsonl --output_file demo/results.jsonl \
+	  --model_path demo/model --inference_type local --max_new_tokens 32 --temperature 0 \
+	  --num_workers 2 --device $(DEMO_DEVICE)
+	@$(PY) tools/print_answers.py demo/results.jsonl 3
+
+demo/model/config.json: | $(LOCAL)
+	$(PY) tools/make_small_model.py demo/model
+
+test: lint
+	$(PY) -m pytest $(PYTEST_FLAGS) -m "not slow"
+
+test-all: lint
+	$(PY) -m pytest $(PYTEST_FLAGS)
+
+lint: $(TEST)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+	.venv/bin/lint-imports
+	.venv/bin/shellcheck .ci/run $(INFER)/*.sh
+
+clean:
+	rm -rf demo build dist src/*.egg-info
+	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	find src tests tools benchmarks utils -name __pycache__ -type d -prune -exec rm -rf {} +
+	@echo ".venv is kept; remove it yourself to install from scratch."
+
+.venv/.made:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "$(NEEDS_PYTHON), and $(PYTHON) is not that; name one: make PYTHON=python3.12 ..." >&2; exit 2; }
+	@$(PY) -m pip --version >/dev/null 2>&1 || { echo "$(PYTHON) -m venv .venv"; $(PYTHON) -m venv .venv; }
+	@$(PY) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "$(NEEDS_PYTHON), and .venv holds an older one; move it away and try again" >&2; exit 2; }
+	@touch $@
+
+$(LOCAL): pyproject.toml constraints.txt | .venv/.made
+	@echo "installing ragfleet with torch and transformers into .venv (minutes, the first time)"
+	$(PIP) --editable '.[local]'
+	@touch $@
+
+$(TEST): pyproject.toml constraints.txt | .venv/.made
+	@echo "installing what the tests need into .venv (minutes, the first time)"
+	$(PIP) --editable '.[test]'
+	@touch $(LOCAL) $@

@@ -1,0 +1,204 @@
+"""Loading a causal language model through transformers.
+
+Owns the checks of a model folder that need transformers, devices and precisions. Raises ModelError
+or DeviceError that name the file, the architecture or the package, because transformers' own errors
+name its internals. Knows nothing of requests.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
+
+from ragfleet.engines.protocol import EngineSpec
+from ragfleet.errors import ModelError
+from ragfleet.model_files import context_limit, read_json
+
+log = logging.getLogger(__name__)
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+CONVERT = (
+    'python -c "import sys, transformers as t; a, b = sys.argv[1:];'
+    " t.AutoModelForCausalLM.from_pretrained(a, dtype='auto').save_pretrained(b);"
+    ' t.AutoTokenizer.from_pretrained(a).save_pretrained(b)" {folder} {folder}-safetensors'
+)
+# Keys of generation_config.json that are not ways to choose tokens.
+_NOT_SAMPLING = ("transformers_version", "_from_model_config", "do_sample", "use_cache")
+_POINTER = b"version https://git-lfs"
+
+
+def load_model(spec: EngineSpec, model_dir: Path) -> tuple[Any, list[str]]:
+    """The model, ready to generate, and notes for the log."""
+    check_weights(model_dir)
+    device_map, notes = _devices(spec)
+    config = _load_config(model_dir, spec.trust_remote_code)
+    quantisation = _check_quantisation(model_dir, config)
+    if quantisation is not None:
+        notes.append(
+            f"the checkpoint is quantised ({quantisation}); its own number formats are kept"
+        )
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            str(model_dir),
+            config=config,
+            dtype="auto" if quantisation else DTYPES[spec.precision],
+            device_map=device_map,
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=spec.trust_remote_code,
+            output_loading_info=True,
+        )
+    except torch.OutOfMemoryError as error:
+        raise ModelError(
+            f"{model_dir}: the model does not fit into the memory of {spec.num_gpus} GPU(s)"
+            f" ({_first_line(error)}); give each worker more with --gpus_per_worker, or use a"
+            " smaller --precision."
+        ) from None
+    except Exception as error:  # each architecture, quantiser and file format fails in its own way
+        raise ModelError(
+            f"{model_dir}: transformers {transformers.__version__} cannot load this"
+            f" {config.model_type} model: {_first_line(error)}"
+        ) from error
+    missing = sorted(info["missing_keys"])
+    if missing:  # transformers would fill them with random numbers and only warn
+        raise ModelError(
+            f"{model_dir}: the checkpoint lacks {len(missing)} weights that a"
+            f" {type(model).__name__} needs, {missing[0]} for one; it is incomplete, or not a"
+            " language model."
+        )
+    _check_placement(model, model_dir)
+    model.eval().requires_grad_(False)
+    # `generate` fills what a call leaves open from here: nothing may come from the checkpoint.
+    model.generation_config = GenerationConfig()
+    notes += _not_applied(model_dir)
+    return model, notes
+
+
+def check_weights(model_dir: Path) -> None:
+    """Raises ModelError unless the folder holds a config and all of its safetensors files."""
+    if not (model_dir / "config.json").is_file():
+        raise ModelError(f"{model_dir}/config.json is missing: this is not a model folder.")
+    index = read_json(model_dir / "model.safetensors.index.json")
+    names = sorted(set(index.get("weight_map", {}).values())) or sorted(
+        path.name for path in model_dir.glob("*.safetensors")
+    )
+    for name in names:
+        file = model_dir / name
+        if not file.is_file():
+            raise ModelError(f"{file} is missing, but the index names it; finish the download.")
+        with file.open("rb") as opened:
+            if opened.read(len(_POINTER)) == _POINTER:
+                raise ModelError(f"{file} is a git-lfs pointer; run `git lfs pull` in the folder.")
+    if names:
+        return
+    if any(model_dir.glob("*.bin")) or any(model_dir.glob("*.pt*")):
+        raise ModelError(
+            f"{model_dir}: only pickled weights (.bin, .pt) are here, and loading those can run"
+            f" code; if you trust them, convert once:\n{CONVERT.format(folder=model_dir)}"
+        )
+    raise ModelError(f"{model_dir}: there is no *.safetensors file here; finish the download.")
+
+
+def model_limit(spec: EngineSpec, model_dir: Path) -> int | None:
+    """Most tokens of prompt plus answer. Raises ModelError where --max_model_len is above it."""
+    limit = context_limit(model_dir)
+    if spec.max_model_len is None:
+        return limit
+    if limit is not None and spec.max_model_len > limit:
+        raise ModelError(
+            f"--max_model_len {spec.max_model_len} is above the {limit} that"
+            f" {model_dir}/config.json allows."
+        )
+    return spec.max_model_len
+
+
+def _devices(spec: EngineSpec) -> tuple[Any, list[str]]:
+    """What to hand to `device_map`, and notes."""
+    if spec.num_gpus == 0:
+        torch.set_num_threads(max(1, spec.num_threads))
+        return None, []
+    if not torch.cuda.is_available():
+        from ragfleet.gpus import discover_gpus, explain_torch_blind
+
+        raise explain_torch_blind(discover_gpus(), torch.__version__, torch.version.cuda)
+    if spec.num_gpus == 1:
+        return {"": 0}, []
+    return "auto", [
+        f"the layers are spread over {spec.num_gpus} GPUs and run one after another: more GPUs hold"
+        " a larger model, they do not answer faster"
+    ]
+
+
+def _load_config(model_dir: Path, trust_remote_code: bool) -> Any:
+    raw = read_json(model_dir / "config.json")
+    kind = raw.get("model_type", "unknown")
+    try:
+        config = AutoConfig.from_pretrained(
+            str(model_dir), local_files_only=True, trust_remote_code=trust_remote_code
+        )
+    except Exception as error:  # KeyError, ValueError, and whatever a config class checks
+        if "auto_map" in raw and not trust_remote_code:
+            raise ModelError(
+                f"{model_dir}: the {kind} model brings its own Python code; read it, and if you"
+                " trust it add --trust_remote_code."
+            ) from None
+        raise ModelError(
+            f"{model_dir}: transformers {transformers.__version__} does not know the architecture"
+            f" {kind!r}; upgrade transformers, or use another engine. ({_first_line(error)})"
+        ) from error
+    if getattr(config, "is_encoder_decoder", False):
+        raise ModelError(
+            f"{model_dir}: {kind} is an encoder-decoder model; only decoder-only (causal) language"
+            " models are supported."
+        )
+    return config
+
+
+def _check_quantisation(model_dir: Path, config: Any) -> str | None:
+    settings = getattr(config, "quantization_config", None)
+    if settings is None:
+        return None
+    method = settings.get("quant_method") if isinstance(settings, Mapping) else None
+    method = str(getattr(settings, "quant_method", method))
+    known = {str(name) for name in AUTO_QUANTIZATION_CONFIG_MAPPING}
+    if method not in known and not any(name.startswith(method) for name in known):
+        # transformers only warns, and then reads packed numbers as weights
+        raise ModelError(
+            f"{model_dir}: transformers {transformers.__version__} does not know the quantisation"
+            f" {method!r}; use a checkpoint that is not quantised, or another engine."
+        )
+    return method
+
+
+def _check_placement(model: Any, model_dir: Path) -> None:
+    places = {str(place) for place in (getattr(model, "hf_device_map", None) or {}).values()}
+    if places & {"cpu", "disk", "meta"} and len(places) > 1:
+        raise ModelError(
+            f"{model_dir}: the model does not fit into the GPUs of one worker; give it more with"
+            " --gpus_per_worker, or use a smaller --precision."
+        )
+
+
+def _not_applied(model_dir: Path) -> list[str]:
+    settings = read_json(model_dir / "generation_config.json")
+    named = [
+        f"{name} {value}"
+        for name, value in settings.items()
+        if name not in _NOT_SAMPLING and not name.endswith("_token_id") and value is not None
+    ]
+    if not named:
+        return []
+    return [f"generation_config.json also sets {', '.join(named)}: not applied, the flags decide"]
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip().split("\n")[0]
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__

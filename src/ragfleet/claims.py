@@ -9,6 +9,7 @@ its contents, so nobody can see, or leave behind, a claim without an owner.
     0000012.g1        taken over after its owner died
     0000012.done      every request of it has an outcome in some shard
     dead.3.0          worker 3's first process is gone (written by whoever reaped it)
+    timeout.4711      the record of index row 4711 blocked its engine for too long
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ class Board:
         claims: chunk → (generation, holder) of its highest claim seen.
         done: chunks that are finished.
         dead: owners known to be gone.
+        timed_out: index rows whose request blocked an engine for too long.
     """
 
     slices: Sequence[Sequence[int]]
@@ -49,6 +51,7 @@ class Board:
     claims: dict[int, tuple[int, Holder]] = field(default_factory=dict)
     done: set[int] = field(default_factory=set)
     dead: set[str] = field(default_factory=set)
+    timed_out: set[int] = field(default_factory=set)
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +115,8 @@ class ClaimStore:
             head, _, tail = name.partition(".")
             if head == "dead":
                 board.dead.add(tail)
+            elif head == "timeout":
+                board.timed_out.add(int(tail))
             elif tail == "done":
                 board.done.add(int(head))
             elif tail.startswith("g"):
@@ -147,6 +152,13 @@ class ClaimStore:
     def bury(self, owner: str) -> None:
         """Say that an owner's process is gone, so that its claims are free at once."""
         self._touch(f"dead.{owner}")
+
+    def time_out(self, row: int) -> None:
+        """Say that this index row blocked its engine; whoever claims it next fails it."""
+        self._touch(f"timeout.{row}")
+
+    def is_superseded(self, chunk: int, generation: int) -> bool:
+        return os.path.lexists(self._path(chunk, generation + 1))
 
     def _touch(self, name: str) -> None:
         path = self._directory / name

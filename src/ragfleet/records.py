@@ -8,7 +8,7 @@ millions, so values that are only passed on stay the raw JSON bytes they came as
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -165,15 +165,33 @@ def parse_fields(line: bytes) -> dict[str, Raw]:
     return _decode_fields(line)
 
 
-def parse_record(line: bytes) -> dict[str, Any]:
-    """The whole record as Python values, for templates and users' classes.
+class LazyRecord(Mapping[str, Any]):
+    """The whole record as Python values, decoded when somebody first looks."""
 
-    Raises:
-        ValueError: a number out of range in a field that `parse_head` does not read.
-    """
-    record = _decode_any(line)
-    assert isinstance(record, dict)
-    return record
+    __slots__ = ("_fields", "_line")
+
+    def __init__(self, line: bytes) -> None:
+        self._line = line
+        self._fields: dict[str, Any] | None = None
+
+    def _decoded(self) -> dict[str, Any]:
+        if self._fields is None:
+            try:
+                fields = _decode_any(self._line)
+            except msgspec.DecodeError as error:
+                raise ValueError(f"the record can't be decoded: {error}") from None
+            assert isinstance(fields, dict)
+            self._fields = fields
+        return self._fields
+
+    def __getitem__(self, name: str) -> Any:
+        return self._decoded()[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._decoded())
+
+    def __len__(self) -> int:
+        return len(self._decoded())
 
 
 # --------------------------------------------------------------------------------------- keys

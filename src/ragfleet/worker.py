@@ -1,0 +1,422 @@
+"""One worker: claims chunks, feeds its engine, appends what finishes. The loop is `Worker.run`.
+
+Owns what happens to a request between its record and its line in the shard. It knows other workers only
+by their claims and beats, and nothing of how it was started (`worker_main`).
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+import xxhash
+
+from ragfleet.beats import Observer, read_beats
+from ragfleet.claims import Claim, ClaimStore, Holder, Leave, Wait, decide
+from ragfleet.engines.protocol import (
+    Completion,
+    Engine,
+    EngineInfo,
+    Failure,
+    Outcome,
+    Prepared,
+    Request,
+)
+from ragfleet.errors import InputChanged, RunError
+from ragfleet.events import EventPipe
+from ragfleet.launch import Launch, LaunchPaths, read_work
+from ragfleet.pulse import Counters, Pulse
+from ragfleet.records import (
+    Answered,
+    Head,
+    LazyRecord,
+    encode_value,
+    failed,
+    parse_fields,
+    parse_head,
+    result_row,
+)
+from ragfleet.shards import ShardWriter, finished_keys
+
+_IDLE_POLL_S: Final = 0.2
+_STEP_S: Final = 1.0
+_BREAKER: Final = 32
+"""So many first requests all failing is a mistake in the set-up, not bad luck."""
+
+
+@dataclass(slots=True, eq=False)
+class _Chunk:
+    """A claimed chunk; `outstanding` requests are fed but not yet in the shard."""
+
+    number: int
+    rows: Iterator[tuple[int, int, int, int, int, bytes]]
+    """(index row, offset, length, line hash, line number, key)"""
+    skip: set[bytes]
+    """Keys that an earlier holder finished."""
+    outstanding: int = 0
+    exhausted: bool = False
+
+
+@dataclass(slots=True, eq=False)
+class _Item:
+    """One request on its way."""
+
+    request: Request
+    line: bytes
+    row: int
+    line_no: int
+    chunk: _Chunk
+    prepared: Prepared | None = None
+    started_s: float = 0.0
+    attempts: int = 1
+
+
+class Worker:
+    """Everything one worker process holds while it runs."""
+
+    def __init__(
+        self,
+        paths: LaunchPaths,
+        launch: Launch,
+        rank: int,
+        incarnation: int,
+        engine: Engine,
+        events: EventPipe,
+    ) -> None:
+        self.paths, self.launch, self.engine, self.events = paths, launch, engine, events
+        self.rank, self.owner = rank, f"{rank}.{incarnation}"
+        self.work = read_work(paths)
+        self.board = self.work.board(launch.num_workers)
+        self.store = ClaimStore(paths.claims)
+        self.shard = ShardWriter(Path(launch.output_file), rank)
+        self.observer = Observer(launch.beat_timeout_s)
+        self.input_fd = os.open(launch.contexts_file, os.O_RDONLY | os.O_CLOEXEC)
+        self.counters = Counters()
+        self.pulse = Pulse(
+            paths, self.owner, self.counters, self.shard, engine.progress, self.oldest_in_flight
+        )
+        self.draining = False
+        self._in_flight: dict[bytes, _Item] = {}
+        self._retries: deque[_Item] = deque()
+        self._next: _Item | None = None
+        self._feeding: _Chunk | None = None
+        self._completed: set[int] = set()
+        self._withheld: list[tuple[_Item, Answered]] | None = []
+        """Failures until the first success, then None: see `_BREAKER`."""
+        self._failure_kinds: set[str] = set()
+        self._is_first = True
+
+    # ---- the loop
+
+    def run(self) -> None:
+        """Load; then fill, step and append until every chunk of the run is finished."""
+        self.pulse.start()
+        self.events.send("loading")
+        info = self.engine.start()
+        self.events.send(
+            "ready", info.name, notes=list(info.notes), may_block=info.may_block
+        )
+        while True:
+            if self.fill(info):
+                for outcome in self.engine.step(_STEP_S):
+                    self.finish(outcome)
+                self.expire(info)
+                self.pulse.check()
+            elif not self.look_around():
+                break
+        self.engine.close()
+        self.shard.close()
+        self.counters.state = "left"
+        self.pulse.stop()
+
+    def fill(self, info: EngineInfo) -> bool:
+        """Submit while the engine has room; whether anything is in flight then."""
+        while not self.draining:
+            item = self._next or self.next_prepared(info)
+            if item is None:
+                break
+            assert item.prepared is not None
+            if not self.engine.has_room(item.prepared):
+                self._next = item
+                break
+            self._next = None
+            item.started_s = time.monotonic()
+            self._in_flight[item.request.key] = item
+            self.engine.submit(item.prepared)
+        return bool(self._in_flight)
+
+    def look_around(self) -> bool:
+        """Nothing is in flight: wait for what others hold. False when it is time to leave."""
+        self.release_withheld()
+        self.counters.state = "waiting"
+        while not self.draining:
+            self.store.refresh(self.board)
+            for chunk in self._completed - self.board.done:
+                self.store.finish(chunk)  # its mark was lost
+            instruction = self.decide(may_steal=self.launch.may_steal)
+            if isinstance(instruction, Leave):
+                return False
+            if isinstance(instruction, Claim):
+                return True
+            self.pulse.check()
+            time.sleep(_IDLE_POLL_S)  # other workers' files are all there is to wait for
+        return False
+
+    # ---- claims
+
+    def decide(self, may_steal: bool) -> Claim | Wait | Leave:
+        now_s = time.monotonic()
+        for beat in read_beats(self.paths.beats).values():
+            self.observer.observe(beat.owner, beat.sequence, now_s)
+        return decide(
+            self.board,
+            self.owner,
+            self.rank,
+            lambda owner: self.observer.is_alive(owner, now_s),
+            may_steal=may_steal,
+        )
+
+    def claim(self, may_steal: bool) -> _Chunk | None:
+        """Claim a chunk; None when nothing is free now."""
+        while True:
+            instruction = self.decide(may_steal)
+            if not isinstance(instruction, Claim):
+                return None
+            shard = self.shard.open()
+            holder = Holder(self.owner, shard.name, self.shard.size_bytes)
+            if self.store.try_claim(instruction, holder):
+                self.board.claims[instruction.chunk] = (instruction.generation, holder)
+                return self.open_chunk(instruction)
+            self.store.refresh(self.board)
+
+    def open_chunk(self, claim: Claim) -> _Chunk:
+        chunk = self.work.chunks[claim.chunk]
+        part = slice(int(chunk["start"]), int(chunk["stop"]))
+        rows = self.work.order[part][~self.work.finished[part]]
+        records = self.work.records[rows]
+        keys = np.column_stack((records["key_hi"], records["key_lo"])).astype("<u8").tobytes()
+        skip: set[bytes] = set()
+        for generation in range(claim.generation):
+            holder = self.store.holder(claim.chunk, generation)
+            shard = self.shard.open().with_name(holder.shard)
+            skip |= finished_keys(shard, holder.offset_bytes)
+        self.counters.state = "generating"
+        self.counters.chunk = claim.chunk
+        self.counters.generations[claim.chunk] = claim.generation
+        self.counters.stolen += claim.chunk not in self.board.slices[self.rank]
+        return _Chunk(
+            number=claim.chunk,
+            rows=zip(
+                rows.tolist(),
+                records["offset"].tolist(),
+                records["length"].tolist(),
+                records["line_hash"].tolist(),
+                records["line_no"].tolist(),
+                [keys[i : i + 16] for i in range(0, len(keys), 16)],
+                strict=True,
+            ),
+            skip=skip,
+        )
+
+    def close_if_complete(self, chunk: _Chunk) -> None:
+        """Mark a chunk finished once its last request is in a shard."""
+        if chunk.exhausted and chunk.outstanding == 0:
+            self.counters.generations.pop(chunk.number, None)
+            if chunk.number not in self.counters.superseded:
+                self.store.finish(chunk.number)
+                self._completed.add(chunk.number)
+                self.board.done.add(chunk.number)
+
+    # ---- requests
+
+    def next_prepared(self, info: EngineInfo) -> _Item | None:
+        """The next request to submit, from the chunk at hand or one claimed now."""
+        if self._retries:
+            return self._retries.popleft()
+        while True:
+            if self._feeding is None:
+                hungry = len(self._in_flight) < info.batch_size
+                self._feeding = self.claim(may_steal=self.launch.may_steal and hungry)
+                if self._feeding is None:
+                    return None
+            chunk = self._feeding
+            for row in chunk.rows:
+                item = self.prepare(chunk, *row)
+                if chunk.number in self.counters.superseded:
+                    chunk.rows = iter(())  # somebody believed us dead: the rest is theirs
+                if item is not None:
+                    return item
+            chunk.exhausted = True
+            self._feeding = None
+            self.close_if_complete(chunk)
+
+    def prepare(
+        self, chunk: _Chunk, row: int, offset: int, length: int, hash_: int, line_no: int, key: bytes
+    ) -> _Item | None:
+        """Read, check and render one record; None when it is finished without being sent."""
+        if key in chunk.skip:
+            return None
+        line = os.pread(self.input_fd, length, offset)
+        head = parse_head(line)
+        if xxhash.xxh3_64_intdigest(line) != hash_ or type(head) is not Head:
+            raise InputChanged(
+                f"{self.launch.contexts_file} was edited during the run (line {line_no}). What is"
+                " finished is safe; run the same command again."
+            )
+        request = Request(
+            key=key,
+            query=head.query,
+            context=head.context,
+            retrieval_method=head.retrieval_method,
+            record=LazyRecord(line),
+            seed=self.seed_of(key),
+        )
+        item = _Item(request, line, row, line_no, chunk)
+        chunk.outstanding += 1
+        if row in self.board.timed_out:
+            self.fail(item, self.timeout_of(item), self.launch.request_timeout_s)
+            return None
+        try:
+            prepared = self.engine.prepare(request)
+        except ValueError as error:
+            prepared = Failure(key=key, error_type="invalid_record", error=str(error))
+        if isinstance(prepared, Failure):
+            self.fail(item, prepared, None)
+            return None
+        item.prepared = prepared
+        return item
+
+    def seed_of(self, key: bytes) -> int | None:
+        """Each record's own stream, from (seed, key): worker count and order don't matter."""
+        seed = self.launch.seed
+        return None if seed is None else xxhash.xxh3_64_intdigest(key, seed=seed % 2**64)
+
+    def expire(self, info: EngineInfo) -> None:
+        """Give up on requests that took too long. One that blocks `step` is the launcher's to end."""
+        limit_s = self.launch.request_timeout_s
+        if limit_s is not None and not info.may_block:
+            too_old = time.monotonic() - limit_s
+            for item in [item for item in self._in_flight.values() if item.started_s < too_old]:
+                self.engine.abort(item.request.key)
+                self.finish(self.timeout_of(item))
+
+    def timeout_of(self, item: _Item) -> Failure:
+        return Failure(
+            key=item.request.key,
+            error_type="timeout",
+            error=f"no answer within {self.launch.request_timeout_s:g} s",
+        )
+
+    def oldest_in_flight(self) -> tuple[float, int, int]:
+        """(monotonic start, index row, number in flight); called from a side thread."""
+        try:
+            item = next(iter(self._in_flight.values()))
+        except (StopIteration, RuntimeError):  # empty, or just changing
+            return 0.0, 0, 0
+        return item.started_s, item.row, len(self._in_flight)
+
+    # ---- results
+
+    def finish(self, outcome: Outcome) -> None:
+        """Append one outcome, or send its request again."""
+        item = self._in_flight.pop(outcome.key)
+        inference_time = round(time.monotonic() - item.started_s, 6)
+        if isinstance(outcome, Completion):
+            if self._is_first:
+                self._is_first = False
+                self.show_first(item, outcome, inference_time)
+            self.release_withheld()
+            self.counters.succeeded += 1
+            self.append(item, completed(item, outcome, inference_time, self.rank))
+        elif outcome.retryable and item.attempts <= self.launch.max_retries and not self.draining:
+            item.attempts += 1
+            self._retries.append(item)
+        else:
+            self.fail(item, outcome, inference_time)
+
+    def fail(self, item: _Item, failure: Failure, inference_time: float | None) -> None:
+        """Append a failure row; `inference_time` None says that it was never sent."""
+        self.counters.failed += 1
+        if failure.error_type not in self._failure_kinds:
+            self._failure_kinds.add(failure.error_type)
+            self.events.send(
+                "failure",
+                failure.error,
+                error_type=failure.error_type,
+                id=str(item.request.record.get("id", "")) or None,
+                line_no=item.line_no,
+            )
+        row = failed(failure.error_type, failure.error)
+        if inference_time is None:
+            self.append(item, row)
+            return
+        row = Answered(row.answer, inference_time, self.rank, False, row.own)
+        if self._withheld is None:
+            self.append(item, row)
+            return
+        self._withheld.append((item, row))
+        if len(self._withheld) == _BREAKER:
+            raise RunError(
+                f"The first {_BREAKER} requests all failed and none succeeded; the last one, line"
+                f" {item.line_no}: {failure.error_type}: {failure.error}\nNone of them counts as"
+                " finished: mend it and run the same command again."
+            )
+
+    def release_withheld(self) -> None:
+        """The set-up works, or there is no more to come: failures are results."""
+        if self._withheld is not None:
+            withheld, self._withheld = self._withheld, None
+            for item, row in withheld:
+                self.append(item, row)
+
+    def append(self, item: _Item, answered: Answered) -> None:
+        key = item.request.key.hex().encode()
+        self.shard.append(
+            result_row(
+                parse_fields(item.line),
+                f"line:{item.line_no}",
+                answered,
+                include_context=self.launch.include_context,
+                context_length=len(item.request.context),
+                extra=b',"request_key":"%b","finished_at_ns":%d' % (key, time.time_ns()),
+            )
+        )
+        chunk = item.chunk
+        chunk.outstanding -= 1
+        if chunk.exhausted:
+            self.close_if_complete(chunk)
+
+    def show_first(self, item: _Item, completion: Completion, seconds: float) -> None:
+        assert item.prepared is not None
+        self.events.send(
+            "first",
+            prompt=item.prepared.prompt[-300:],
+            answer=completion.text[:300],
+            id=str(item.request.record.get("id") or f"line:{item.line_no}"),
+            prompt_tokens=completion.prompt_tokens,
+            completion_tokens=completion.completion_tokens,
+            finish_reason=completion.finish_reason,
+            seconds=seconds,
+        )
+
+
+def completed(
+    item: _Item, completion: Completion, inference_time: float, rank: int
+) -> Answered:
+    """A success as JSON-ready bytes."""
+    own = [
+        ("finish_reason", b'"%b"' % completion.finish_reason.encode()),
+        ("prompt_tokens", encode_value(completion.prompt_tokens)),
+        ("completion_tokens", encode_value(completion.completion_tokens)),
+    ]
+    if completion.reasoning is not None:
+        own.append(("reasoning", encode_value(completion.reasoning)))
+    if item.prepared is not None and item.prepared.truncated_tokens:
+        own.append(("truncated_tokens", encode_value(item.prepared.truncated_tokens)))
+    return Answered(encode_value(completion.text), inference_time, rank, True, tuple(own))

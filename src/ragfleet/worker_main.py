@@ -1,0 +1,77 @@
+"""The worker process from its first instruction to its exit code.
+
+    python -m ragfleet.worker_main LAUNCH_DIR RANK INCARNATION NUM_GPUS NUM_THREADS PARENT_PID EVENTS_FD
+
+Started by `launchers.supervisor`, in a process group of its own, with its GPUs already set.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import faulthandler
+import os
+import signal
+import sys
+from pathlib import Path
+from types import FrameType
+from typing import Final
+
+from ragfleet.errors import RagfleetError, RunError, UsageError
+from ragfleet.events import EventPipe
+from ragfleet.launch import LaunchPaths, read_launch
+
+EXIT_FATAL: Final = 70
+"""The whole run cannot go on; a `fatal` event said why. All else but 0 is this worker's death."""
+
+_PR_SET_PDEATHSIG: Final = 1
+
+
+def die_with_parent(parent_pid: int) -> None:
+    """Have the kernel kill this process when its parent dies, even while C code holds the GIL.
+
+    prctl(2) clears nothing for grandchildren; the launcher kills the group of a worker it reaps.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent_pid:
+        os._exit(1)
+
+
+def main(argv: list[str]) -> int:
+    launch_dir, *numbers = argv
+    rank, incarnation, num_gpus, num_threads, parent_pid, events_fd = map(int, numbers)
+    die_with_parent(parent_pid)
+    faulthandler.enable()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    os.set_inheritable(events_fd, False)
+    events = EventPipe(events_fd, rank)
+    try:
+        paths = LaunchPaths(Path(launch_dir))
+        launch = read_launch(paths)
+        # Imported here: what a user's class or a library does at import belongs to the fatal report.
+        from ragfleet.engines.make import make_engine
+        from ragfleet.worker import Worker
+
+        engine = make_engine(
+            launch.engine_spec(num_gpus, num_threads), launch.engine, launch.inference_class
+        )
+        worker = Worker(paths, launch, rank, incarnation, engine, events)
+
+        def drain(signum: int, frame: FrameType | None) -> None:
+            worker.draining = True
+            worker.counters.state = "draining"
+
+        signal.signal(signal.SIGTERM, drain)
+        worker.run()
+    except (UsageError, RunError) as error:
+        events.send("fatal", str(error), error=type(error).__name__)
+        return EXIT_FATAL
+    except RagfleetError as error:
+        events.send("note", str(error))
+        raise
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,343 @@
+"""Which worker of one machine gets which GPUs, and the environment that holds it to them.
+
+Owns the arithmetic of `num_workers`, `total_gpus` and `gpus_per_worker`, and `gpu_pick`. Pure: what
+the machine is like comes in as a `GpuInventory` and numbers, what follows goes out as an
+`Allocation`. It knows nothing of processes, engines or ranks across machines: under torchrun it is
+called once a node, with LOCAL_WORLD_SIZE, *before* any worker of the node loads a model (afterwards
+the workers' own memory would look like somebody else's), and the result is handed to all of them.
+
+GPUs are handed to workers by UUID: an ordinal names different GPUs under different
+CUDA_DEVICE_ORDERs, and NVML's order and CUDA's need not agree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ragfleet.config import Device, GpuPick
+from ragfleet.errors import DeviceError
+from ragfleet.gpus import Gpu, GpuInventory, gib
+
+FREE_FRACTION = 0.9
+"""A GPU with this share of its memory free counts as free when the need is unknown: driver, ECC
+tables and a desktop's display take a few percent of an idle one."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WorkerAllocation:
+    """What one worker may use."""
+
+    worker: int
+    """0-based on this machine (torchrun's local rank)."""
+    gpus: tuple[Gpu, ...] = ()
+    """Empty: CPU."""
+    num_threads: int = 1
+    """CPU threads: cores // workers."""
+    share: int = 1
+    """Workers on each of these GPUs; above 1 they are shared."""
+
+    @property
+    def gpu_uuids(self) -> tuple[str, ...]:
+        return tuple(gpu.uuid for gpu in self.gpus)
+
+    @property
+    def cuda_visible_devices(self) -> str:
+        """Value of CUDA_VISIBLE_DEVICES: UUIDs, or '' (which hides all GPUs) on CPU."""
+        return ",".join(self.gpu_uuids)
+
+    @property
+    def memory_bytes_per_gpu(self) -> int | None:
+        """Free bytes on the fullest of its GPUs, divided by `share`; None on CPU or if unknown."""
+        if not self.gpus or not all(gpu.total_bytes for gpu in self.gpus):
+            return None
+        return min(gpu.free_bytes for gpu in self.gpus) // self.share
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Allocation:
+    """All workers of one machine, in order."""
+
+    workers: tuple[WorkerAllocation, ...]
+    gpus_per_worker: int
+    """0: CPU."""
+    notes: tuple[str, ...] = ()
+    """One-liners for the header: what is left out, unused, shared, and why."""
+
+    def describe(self) -> str:
+        """A plain-text table, a line per worker."""
+        rows = [("worker", "GPUs", "free per GPU", "threads")]
+        for worker in self.workers:
+            memory = worker.memory_bytes_per_gpu
+            rows.append(
+                (
+                    str(worker.worker),
+                    " ".join(gpu.label for gpu in worker.gpus) or "CPU",
+                    ("-" if memory is None else gib(memory))
+                    + (f" (1/{worker.share})" if worker.share > 1 else ""),
+                    str(worker.num_threads),
+                )
+            )
+        widths = [max(len(row[column]) for row in rows) for column in range(4)]
+        return "\n".join(
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+            for row in rows
+        )
+
+
+def allocate(
+    inventory: GpuInventory,
+    *,
+    num_workers: int,
+    cpu_cores: int,
+    total_gpus: int | None = None,
+    gpus_per_worker: int | None = None,
+    gpu_pick: GpuPick = "free",
+    device: Device = "auto",
+    needed_bytes: int | None = None,
+) -> Allocation:
+    """Give worker i the usable GPUs [i·g, (i+1)·g), g = `gpus_per_worker` or total // workers.
+
+    `inventory` holds the *visible* GPUs (`visible_gpus(discover_gpus(), …)`); the usable ones are,
+    with `gpu_pick` 'free', those with room for `needed_bytes`: what one worker's model takes
+    on all its GPUs together, spread evenly (None: not known, then nearly all memory must be free).
+    `total_gpus` None is all usable ones, 0 is CPU. More workers than GPUs share them round-robin.
+
+    CPU is taken only where `device` is 'cpu', no GPU is asked for, or there is none to be seen.
+
+    Raises DeviceError: the driver fails, all GPUs are held by others, `gpus_per_worker` times
+    `num_workers` is more than there are, or the share of a GPU is too small for the model.
+    """
+    if num_workers < 1 or cpu_cores < 1:
+        raise ValueError(f"num_workers={num_workers} and cpu_cores={cpu_cores} must be at least 1.")
+    num_threads = max(1, cpu_cores // num_workers)
+    if device == "cpu" or total_gpus == 0:
+        return _on_cpu(num_workers, num_threads)
+    if inventory.failed:
+        raise DeviceError(f"No GPU can be used: {inventory.reason} Or run with --device cpu.")
+    if not inventory.gpus:
+        asked = f" (--total_gpus {total_gpus} asks for GPUs)" if total_gpus else ""
+        why = inventory.reason or "there is no GPU."
+        return _on_cpu(num_workers, num_threads, f"Running on CPU{asked}: {why}")
+    need = _Need(num_workers, total_gpus, gpus_per_worker, needed_bytes, gpu_pick)
+    usable, notes = _usable(inventory, need)
+    each = _gpus_each(usable, num_workers, gpus_per_worker)
+    if each * num_workers > len(usable):
+        raise DeviceError("\n".join([_too_few(len(usable), num_workers, each, total_gpus), *notes]))
+    if each == 0:
+        workers = _round_robin(usable, num_workers, num_threads)
+        notes.append(_sharing_note(usable, workers, need))
+        return Allocation(workers=workers, gpus_per_worker=1, notes=tuple(notes))
+    if each < (gpus_per_worker or len(usable) // num_workers):
+        notes.append(
+            "1 device per worker: CUDA shows a process only one MIG instance, whatever it is given."
+        )
+    if unused := usable[each * num_workers :]:
+        notes.append(
+            f"{num_workers} worker(s) with {each} of {len(usable)} GPUs each: GPU"
+            f" {', '.join(gpu.label for gpu in unused)} unused."
+        )
+    workers = tuple(
+        WorkerAllocation(
+            worker=i, gpus=tuple(usable[i * each : (i + 1) * each]), num_threads=num_threads
+        )
+        for i in range(num_workers)
+    )
+    return Allocation(workers=workers, gpus_per_worker=each, notes=tuple(notes))
+
+
+def worker_environment(allocation: WorkerAllocation) -> dict[str, str]:
+    """Variables for one worker's process.
+
+    The parent sets them when it starts the worker: CUDA and OpenMP read them once, when torch is
+    imported. Thread counts are set on CPU only, and over torchrun's OMP_NUM_THREADS=1.
+    """
+    environment = {
+        "CUDA_VISIBLE_DEVICES": allocation.cuda_visible_devices,
+        "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
+    }
+    if not allocation.gpus:
+        environment["OMP_NUM_THREADS"] = str(allocation.num_threads)
+        environment["MKL_NUM_THREADS"] = str(allocation.num_threads)
+    return environment
+
+
+def tensor_parallel_size(
+    num_gpus: int,
+    num_attention_heads: int,
+    num_key_value_heads: int | None = None,
+    intermediate_size: int | None = None,
+) -> int:
+    """The most GPUs, at most `num_gpus`, that an engine which splits heads can use for a model.
+
+    vLLM's conditions: the size divides the attention heads; it divides the key/value heads, or they
+    divide it (each is then replicated); it divides the MLP's intermediate size. What isn't given is
+    not checked (key/value heads default to the attention heads).
+    """
+    key_value_heads = num_key_value_heads or num_attention_heads
+    for size in range(num_gpus, 1, -1):
+        if (
+            num_attention_heads % size == 0
+            and (key_value_heads % size == 0 or size % key_value_heads == 0)
+            and (intermediate_size or 0) % size == 0
+        ):
+            return size
+    return 1
+
+
+def tensor_parallel_note(
+    num_gpus: int,
+    num_attention_heads: int,
+    num_key_value_heads: int | None = None,
+    intermediate_size: int | None = None,
+) -> str | None:
+    """The line that says what of a worker's GPUs stays untouched; None where all are used."""
+    size = tensor_parallel_size(
+        num_gpus, num_attention_heads, num_key_value_heads, intermediate_size
+    )
+    if size >= num_gpus:
+        return None
+    heads = f"{num_attention_heads} attention heads"
+    if num_key_value_heads is not None:
+        heads += f" ({num_key_value_heads} key/value)"
+    return (
+        f"tensor parallel over {size} of each worker's {num_gpus} GPUs: {heads} don't split"
+        f" {num_gpus} ways; {num_gpus - size} of them untouched."
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Need:
+    """What was asked for."""
+
+    num_workers: int
+    total_gpus: int | None
+    gpus_per_worker: int | None
+    needed_bytes: int | None
+    gpu_pick: GpuPick
+
+
+def _on_cpu(num_workers: int, num_threads: int, *notes: str) -> Allocation:
+    workers = tuple(WorkerAllocation(worker=i, num_threads=num_threads) for i in range(num_workers))
+    return Allocation(workers=workers, gpus_per_worker=0, notes=notes)
+
+
+def _gpus_each(usable: Sequence[Gpu], num_workers: int, asked: int | None) -> int:
+    """GPUs for each worker; 0 where there are fewer than workers."""
+    each = asked or len(usable) // num_workers
+    # MIG user guide, "CUDA device enumeration": a process can enumerate a single compute instance,
+    # and no whole GPU beside it.
+    return min(each, 1) if any(gpu.is_mig for gpu in usable[: each * num_workers]) else each
+
+
+def _usable(inventory: GpuInventory, need: _Need) -> tuple[list[Gpu], list[str]]:
+    """The GPUs to share out, at least one, and the lines about the others."""
+    kept, left_out = _pick(inventory.gpus, need)
+    notes = [*inventory.notes, *left_out]
+    if not kept:
+        raise DeviceError(
+            "\n".join(
+                [
+                    f"None of the {len(inventory.gpus)} visible GPU(s) has room. Wait for one, or"
+                    " take them as they are with --gpu_pick all, or run with --device cpu.",
+                    *notes,
+                ]
+            )
+        )
+    if need.total_gpus is not None and need.total_gpus > len(kept):
+        notes.append(
+            f"--total_gpus is {need.total_gpus}, but {len(kept)} can be used: using {len(kept)}."
+        )
+    return kept[: need.total_gpus], notes
+
+
+def _pick(gpus: Sequence[Gpu], need: _Need) -> tuple[list[Gpu], list[str]]:
+    """The GPUs with room, and a line for each of the others."""
+    kept = list(gpus)
+    if need.gpu_pick == "all":
+        return kept, []
+    while True:
+        # A GPU left out can make the shares of a worker fewer and so what each must hold more:
+        # again, until nothing changes.
+        each = max(1, _gpus_each(kept[: need.total_gpus], need.num_workers, need.gpus_per_worker))
+        least = None if need.needed_bytes is None else -(-need.needed_bytes // each)
+        free = [gpu for gpu in kept if _has_room(gpu, least)]
+        if len(free) == len(kept):
+            return kept, [_why_left_out(gpu, least) for gpu in gpus if gpu not in kept]
+        kept = free
+
+
+def _has_room(gpu: Gpu, least_bytes: int | None) -> bool:
+    if not gpu.total_bytes:
+        return not gpu.holders
+    return gpu.free_bytes >= (
+        gpu.total_bytes * FREE_FRACTION if least_bytes is None else least_bytes
+    )
+
+
+def _why_left_out(gpu: Gpu, least_bytes: int | None) -> str:
+    memory = (
+        f"{gib(gpu.free_bytes)} of {gib(gpu.total_bytes)} free" if gpu.total_bytes else "in use"
+    )
+    if least_bytes is not None and gpu.total_bytes:
+        memory += f", the model needs {gib(least_bytes)} on it"
+    if least_bytes is not None and gpu.total_bytes and least_bytes > gpu.total_bytes:
+        return f"GPU {gpu.label} ({gpu.name}) is too small: {memory} (more GPUs per worker help)."
+    holders = "; ".join(gpu.holders) or "processes that NVML does not show"
+    return f"GPU {gpu.label} ({gpu.name}) is left out: {memory}; held by {holders}."
+
+
+def _too_few(num_gpus: int, num_workers: int, each: int, total_gpus: int | None) -> str:
+    pairs = [
+        (workers, gpus)
+        for workers, gpus in ((num_gpus // each, each), (num_workers, num_gpus // num_workers))
+        if workers and gpus
+    ] or [(1, num_gpus), (num_gpus, 1)]
+    ways = ", or ".join(
+        f"--num_workers {workers} --gpus_per_worker {gpus}"
+        for workers, gpus in dict.fromkeys(pairs)
+    )
+    source = "--total_gpus allows" if total_gpus == num_gpus else "this machine can give"
+    return (
+        f"{num_workers} workers with --gpus_per_worker {each} need {num_workers * each} GPUs, but"
+        f" {source} {num_gpus}. What works: {ways}."
+    )
+
+
+def _round_robin(
+    usable: Sequence[Gpu], num_workers: int, num_threads: int
+) -> tuple[WorkerAllocation, ...]:
+    return tuple(
+        WorkerAllocation(
+            worker=i,
+            gpus=(usable[i % len(usable)],),
+            num_threads=num_threads,
+            share=len(range(i % len(usable), num_workers, len(usable))),
+        )
+        for i in range(num_workers)
+    )
+
+
+def _least_share(workers: Sequence[WorkerAllocation]) -> int | None:
+    shares = [worker.memory_bytes_per_gpu for worker in workers]
+    return min((share for share in shares if share is not None), default=None)
+
+
+def _sharing_note(usable: Sequence[Gpu], workers: Sequence[WorkerAllocation], need: _Need) -> str:
+    """The warning; DeviceError where the model cannot fit into the share."""
+    least = _least_share(workers)
+    needed = need.needed_bytes or 0
+    if least is not None and least < needed and need.gpu_pick == "free":
+        fitting = len(usable)  # one worker each fits, or the GPU would have been left out
+        while (_least_share(_round_robin(usable, fitting + 1, 1)) or 0) >= needed:
+            fitting += 1
+        raise DeviceError(
+            f"{len(workers)} workers share {len(usable)} GPU(s), {gib(least)} for one of them, but"
+            f" the model needs {gib(needed)}. Use --num_workers {fitting} or fewer, or --gpu_pick"
+            " all to try it anyway."
+        )
+    part = "an unknown part of the memory" if least is None else f"{gib(least)} or more"
+    return (
+        f"warning: {len(workers)} workers share {len(usable)} GPU(s) round-robin, {part} for each;"
+        f" {len(usable)} worker(s) would have one to themselves."
+    )

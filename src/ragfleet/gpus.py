@@ -1,0 +1,377 @@
+"""GPUs: which there are, who holds them, which of them an outer setting lets us see.
+
+Owns discovery through NVML and the reading of CUDA_VISIBLE_DEVICES; `ragfleet.allocation` shares
+out what is found here. It must not import torch (the parent that calls it sets the workers'
+environment before any of them does) and knows nothing of workers, engines or files. Only
+`discover_gpus` touches the machine; all else is a function of its arguments.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ragfleet.errors import DeviceError
+
+GIB = 1 << 30
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Gpu:
+    """One device that a process can be given: a whole GPU, or one MIG instance of it."""
+
+    index: int
+    """nvidia-smi's number of the (physical) GPU."""
+    uuid: str
+    """`GPU-…`, or `MIG-…` for an instance."""
+    name: str
+    total_bytes: int
+    """0 where NVML cannot say, as on machines whose GPU shares the system's memory."""
+    free_bytes: int
+    holders: tuple[str, ...] = ()
+    """Processes on it: 'pid 1234 (python), 20.1 GiB'. Other containers' processes don't show."""
+    parent_uuid: str | None = None
+    """MIG only: the UUID of the physical GPU."""
+    mig_name: str | None = None
+    """MIG only: the older name, `MIG-GPU-<uuid>/<GPU instance>/<compute instance>`."""
+
+    @property
+    def is_mig(self) -> bool:
+        return self.parent_uuid is not None
+
+    @property
+    def label(self) -> str:
+        """Short, for tables: '3', or '0/MIG-1a2b3c4d'."""
+        return f"{self.index}/{self.uuid[:12]}" if self.is_mig else str(self.index)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GpuInventory:
+    """GPUs in the order in which workers get them."""
+
+    gpus: tuple[Gpu, ...] = ()
+    driver: str | None = None
+    """Version of the NVIDIA driver, '550.54.15'."""
+    cuda_driver: str | None = None
+    """Newest CUDA the driver supports, '12.4'."""
+    reason: str | None = None
+    """Why `gpus` is empty."""
+    failed: bool = False
+    """Empty for a fault, not for want of a GPU: CPU must not be taken in silence."""
+    notes: tuple[str, ...] = ()
+    """Lines for the run's header: what was left out and why."""
+
+
+def gib(num_bytes: int) -> str:
+    return f"{num_bytes / GIB:.1f} GiB"
+
+
+def discover_gpus(nvml: Any = None) -> GpuInventory:
+    """The GPUs of this machine as the NVIDIA driver reports them, MIG instances one by one.
+
+    `nvml` is the pynvml module, or a stand-in. Never raises for what the machine lacks: without a
+    driver or a GPU the inventory is empty and says why; `failed` marks a driver that is there and
+    does not work. Calls that one GPU does not support leave their fields at 0 or empty.
+    """
+    if nvml is None:
+        try:
+            import pynvml
+        except ImportError:
+            return GpuInventory(
+                reason="GPUs cannot be listed: the Python package nvidia-ml-py is missing"
+                " (pip install nvidia-ml-py).",
+                failed=True,
+            )
+        nvml = pynvml
+    try:
+        nvml.nvmlInit()
+    except (nvml.NVMLError_LibraryNotFound, nvml.NVMLError_DriverNotLoaded) as error:
+        return GpuInventory(reason=f"no NVIDIA driver ({error}).")
+    except nvml.NVMLError as error:
+        return _broken(error)
+    try:
+        return _read_inventory(nvml)
+    except nvml.NVMLError as error:
+        return _broken(error)
+    finally:
+        with contextlib.suppress(nvml.NVMLError):
+            nvml.nvmlShutdown()
+
+
+def _broken(error: Exception) -> GpuInventory:
+    return GpuInventory(
+        reason=f"the NVIDIA driver is installed but NVML fails: {error}. nvidia-smi should fail the"
+        " same way; a version mismatch after an update is cured by a reboot.",
+        failed=True,
+    )
+
+
+def _read_inventory(nvml: Any) -> GpuInventory:
+    cuda_driver = _ask(nvml, None, nvml.nvmlSystemGetCudaDriverVersion_v2)
+    gpus: list[Gpu] = []
+    notes: list[str] = []
+    count = nvml.nvmlDeviceGetCount()
+    for index in range(count):
+        try:
+            handle = nvml.nvmlDeviceGetHandleByIndex(index)
+            if _ask(nvml, (0, 0), nvml.nvmlDeviceGetMigMode, handle)[0] == 1:
+                instances = _read_mig_instances(nvml, handle, index)
+                if not instances:
+                    notes.append(f"GPU {index} is left out: MIG mode is on and it has no instance.")
+                gpus += instances
+            else:
+                gpus.append(_read_gpu(nvml, handle, index))
+        except nvml.NVMLError as error:
+            # One lost or forbidden GPU must not cost the others.
+            notes.append(f"GPU {index} is left out: NVML says {error}.")
+    reason = None
+    if not gpus:
+        reason = " ".join(notes) if notes else "the NVIDIA driver lists no GPU."
+    return GpuInventory(
+        gpus=tuple(gpus),
+        driver=_ask(nvml, None, nvml.nvmlSystemGetDriverVersion),
+        cuda_driver=f"{cuda_driver // 1000}.{cuda_driver % 1000 // 10}" if cuda_driver else None,
+        reason=reason,
+        failed=not gpus and count > 0,
+        notes=tuple(notes) if gpus else (),
+    )
+
+
+def _read_mig_instances(nvml: Any, parent: Any, index: int) -> list[Gpu]:
+    parent_uuid = nvml.nvmlDeviceGetUUID(parent)
+    instances = []
+    for position in range(_ask(nvml, 0, nvml.nvmlDeviceGetMaxMigDeviceCount, parent)):
+        try:
+            handle = nvml.nvmlDeviceGetMigDeviceHandleByIndex(parent, position)
+        except nvml.NVMLError:  # positions need not be filled
+            continue
+        gpu_instance = _ask(nvml, None, nvml.nvmlDeviceGetGpuInstanceId, handle)
+        compute_instance = _ask(nvml, None, nvml.nvmlDeviceGetComputeInstanceId, handle)
+        instances.append(
+            replace(
+                _read_gpu(nvml, handle, index),
+                parent_uuid=parent_uuid,
+                mig_name=f"MIG-{parent_uuid}/{gpu_instance}/{compute_instance}",
+            )
+        )
+    return instances
+
+
+def _read_gpu(nvml: Any, handle: Any, index: int) -> Gpu:
+    try:
+        memory = nvml.nvmlDeviceGetMemoryInfo(handle)
+        total_bytes, free_bytes = int(memory.total), int(memory.free)
+    except nvml.NVMLError_NotSupported:
+        total_bytes = free_bytes = 0
+    return Gpu(
+        index=index,
+        uuid=nvml.nvmlDeviceGetUUID(handle),
+        name=_ask(nvml, "NVIDIA GPU", nvml.nvmlDeviceGetName, handle),
+        total_bytes=total_bytes,
+        free_bytes=free_bytes,
+        holders=_read_holders(nvml, handle),
+    )
+
+
+def _read_holders(nvml: Any, handle: Any) -> tuple[str, ...]:
+    used_bytes: dict[int, int] = {}
+    for listing in (
+        nvml.nvmlDeviceGetComputeRunningProcesses,
+        nvml.nvmlDeviceGetGraphicsRunningProcesses,
+    ):
+        for process in _ask(nvml, (), listing, handle):
+            # A process can be in both lists, with the same memory.
+            known = used_bytes.get(process.pid, 0)
+            used_bytes[process.pid] = max(known, process.usedGpuMemory or 0)
+    holders = []
+    for pid, used in sorted(used_bytes.items()):
+        # The name can come with arguments; those are nobody's business (and may hold keys).
+        path = str(_ask(nvml, "", nvml.nvmlSystemGetProcessName, pid)).split(" ")[0]
+        name = f" ({os.path.basename(path)})" if path else ""
+        holders.append(f"pid {pid}{name}" + (f", {gib(used)}" if used else ""))
+    return tuple(holders)
+
+
+def _ask(nvml: Any, default: Any, function: Callable[..., Any], *arguments: Any) -> Any:
+    """A fact that can be done without: `default` where the GPU or the driver does not give it."""
+    try:
+        return function(*arguments)
+    except (nvml.NVMLError, UnicodeDecodeError):  # process names need not be UTF-8
+        return default
+
+
+def visible_gpus(inventory: GpuInventory, cuda_visible_devices: str | None) -> GpuInventory:
+    """What an outer CUDA_VISIBLE_DEVICES leaves of `inventory`, in the order it names them.
+
+    Follows CUDA (CUDA programming guide, "CUDA environment variables"; for repetitions, the driver
+    behaviour that torch.cuda's parser reproduces): None is no restriction; ordinals, UUIDs and MIG
+    names don't mix, the first entry decides; UUIDs may be cut to any unique prefix; an entry that
+    names nothing ends the list (so '' and '-1' hide all); a repeated entry hides all. The ordinal
+    or UUID of a GPU in MIG mode means its first instance. One thing differs: of several MIG names
+    CUDA shows a process only the first, but here they are shared out, one to a worker.
+    """
+    if cuda_visible_devices is None or not inventory.gpus:
+        return inventory
+    setting = f"CUDA_VISIBLE_DEVICES={cuda_visible_devices!r}"
+    kind, names, stopper = _parse_visible(cuda_visible_devices)
+    if not names and _hides_on_purpose(stopper):
+        reason = f"{setting} hides all {len(inventory.gpus)} GPUs."
+        return replace(inventory, gpus=(), reason=reason)
+    table = _names_of(inventory.gpus, kind)
+    chosen: list[Gpu] = []
+    for name in names:
+        gpu = _look_up(table, name, prefixes=kind != "ordinal")
+        if gpu is None:
+            stopper = name
+            break
+        chosen.append(gpu)
+    repeated = len(set(names)) < len(names) or len({gpu.uuid for gpu in chosen}) < len(chosen)
+    if repeated or not chosen:
+        why = (
+            "names a GPU twice" if repeated else f"starts with {stopper!r}, no GPU of this machine"
+        )
+        reason = f"{setting} {why}, and CUDA then shows none; correct or unset it."
+        return replace(inventory, gpus=(), reason=reason, failed=True)
+    notes = list(inventory.notes)
+    if stopper is not None and not _hides_on_purpose(stopper):
+        notes.append(
+            f"{setting}: {stopper!r} is no GPU of this machine; CUDA ignores it and what follows."
+        )
+    if kind == "ordinal" and len({gpu.name for gpu in inventory.gpus if not gpu.is_mig}) > 1:
+        notes.append(
+            f"{setting} is read in nvidia-smi's order (CUDA_DEVICE_ORDER=PCI_BUS_ID); this machine"
+            " mixes GPU models, so CUDA's default order may differ: name UUIDs to be sure."
+        )
+    return replace(inventory, gpus=tuple(chosen), notes=tuple(notes))
+
+
+def _parse_visible(value: str) -> tuple[str, list[str], str | None]:
+    """(kind, the names in order, the entry that ended the list early if one did)."""
+    entries = [entry.strip() for entry in value.split(",")]
+    kind = entries[0][:4] if entries[0].startswith(("GPU-", "MIG-")) else "ordinal"
+    names: list[str] = []
+    for entry in entries:
+        if kind != "ordinal":
+            name = entry if entry.startswith(kind) else None
+        else:
+            # CUDA reads with strtoul: '1', '+1' and '1x' are 1; anything else is an end.
+            number = re.match(r"\+?([0-9]+)", entry)
+            name = str(int(number[1])) if number else None
+        if name is None:
+            return kind, names, entry
+        names.append(name)
+    return kind, names, None
+
+
+def _hides_on_purpose(entry: str | None) -> bool:
+    """Whether an entry is one of the customary ways (Slurm's NoDevFiles too) to say 'no more'."""
+    return entry is not None and (entry in ("", "NoDevFiles", "none") or entry.startswith("-"))
+
+
+def _names_of(gpus: Sequence[Gpu], kind: str) -> dict[str, Gpu]:
+    table: dict[str, Gpu] = {}
+    for gpu in gpus:
+        if kind == "ordinal":
+            table.setdefault(str(gpu.index), gpu)
+        elif kind == "GPU-":
+            table.setdefault(gpu.parent_uuid or gpu.uuid, gpu)
+        elif gpu.mig_name is not None:
+            table[gpu.uuid] = table[gpu.mig_name] = gpu
+    return table
+
+
+def _look_up(table: Mapping[str, Gpu], name: str, *, prefixes: bool) -> Gpu | None:
+    if name in table or not prefixes:
+        return table.get(name)
+    found = {gpu.uuid: gpu for key, gpu in table.items() if key.startswith(name)}
+    return next(iter(found.values())) if len(found) == 1 else None
+
+
+def explain_torch_blind(
+    inventory: GpuInventory, torch_version: str, torch_cuda: str | None
+) -> DeviceError:
+    """The error for 'NVML sees GPUs and torch does not', with the likely fix.
+
+    `torch_version` is `torch.__version__`, `torch_cuda` is `torch.version.cuda` (None in builds
+    without CUDA). Within one major version newer CUDA runs on older drivers (CUDA minor version
+    compatibility), so only a newer major is called the cause.
+    """
+    driver_cuda = inventory.cuda_driver or "unknown"
+    facts = (
+        f"NVML sees {len(inventory.gpus)} GPU(s) (driver {inventory.driver or 'unknown'}, CUDA up"
+        f" to {driver_cuda}), but torch {torch_version}"
+        f" ({f'built for CUDA {torch_cuda}' if torch_cuda else 'built without CUDA'}) sees none."
+    )
+    if torch_cuda is None:
+        fix = (
+            f"Install a CUDA build of torch for CUDA {driver_cuda} or older"
+            " (https://pytorch.org/get-started/locally/)"
+        )
+    elif inventory.cuda_driver and _major(torch_cuda) > _major(inventory.cuda_driver):
+        fix = (
+            f"Update the driver, or install a torch built for CUDA {_major(driver_cuda)}.x"
+            " (https://pytorch.org/get-started/locally/)"
+        )
+    else:
+        fix = (
+            'See what `python -c "import torch; torch.cuda.init()"` says: usually the rights on'
+            " /dev/nvidia*, a container without GPU access, or a stopped nvidia-fabricmanager"
+        )
+    return DeviceError(f"{facts} {fix}; or run with --device cpu.")
+
+
+def _major(version: str) -> int:
+    return int(version.split(".", maxsplit=1)[0])
+
+
+def fake_inventory(
+    count: int,
+    total_gib: float = 80,
+    *,
+    busy: Mapping[int, str] | None = None,
+    mig: Mapping[int, int] | None = None,
+) -> GpuInventory:
+    """A machine that isn't there, for tests and dry runs.
+
+    `busy` maps a GPU's index to its holder, 'pid 7 (python), 70 GiB': that much is not free (all of
+    it where no size is named). `mig` maps an index to the number of instances it is split into.
+    """
+    gpus: list[Gpu] = []
+    for index in range(count):
+        total_bytes = int(total_gib * GIB)
+        holder = (busy or {}).get(index)
+        size = re.search(r"([\d.]+) GiB", holder or "")
+        used_bytes = int(float(size[1]) * GIB) if size else total_bytes if holder else 0
+        whole = Gpu(
+            index=index,
+            uuid=f"GPU-{index:08x}-fa4e-4000-8000-{index:012x}",
+            name="Fake GPU",
+            total_bytes=total_bytes,
+            free_bytes=max(0, total_bytes - used_bytes),
+            holders=(holder,) if holder else (),
+        )
+        num_instances = (mig or {}).get(index)
+        if num_instances is None:
+            gpus.append(whole)
+            continue
+        for position in range(num_instances):
+            gpus.append(
+                replace(
+                    whole,
+                    uuid=f"MIG-{index:04x}{position:04x}-fa4e-4000-8000-{index:012x}",
+                    total_bytes=whole.total_bytes // num_instances,
+                    free_bytes=whole.free_bytes // num_instances,
+                    parent_uuid=whole.uuid,
+                    mig_name=f"MIG-{whole.uuid}/{position + 1}/0",
+                )
+            )
+    return GpuInventory(
+        gpus=tuple(gpus),
+        driver="550.54.15",
+        cuda_driver="12.4",
+        reason=None if gpus else "no NVIDIA driver (fake).",
+    )

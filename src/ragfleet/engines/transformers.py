@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import gc
 import logging
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -131,9 +130,8 @@ class TransformersEngine:
         self._waiting.append(prepared)
 
     def step(self, timeout_s: float) -> list[Outcome]:
-        """Answers one batch however long it takes; with nothing submitted waits for `timeout_s`."""
+        """Answers one batch, however long it takes; returns at once when nothing is submitted."""
         if not self._waiting:
-            time.sleep(timeout_s)
             return []
         batch = self._take_batch()
         self._running = {prepared.key for prepared in batch}

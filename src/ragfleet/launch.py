@@ -5,7 +5,7 @@
       lock                    held by the process that plans and merges
       logs/                   one log per worker, and run.log
       launches/<launch_id>/   this start alone; may be deleted when nothing runs
-        records.npy order.npy chunks.npy finished.npy
+        records.npy order.npy chunks.npy
         launch.json           written last: its presence says that the plan is complete
         claims/ beats/
 
@@ -32,19 +32,22 @@ from ragfleet.shards import fsync_directory
 FORMAT: Final = 1
 
 
+class SeatSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """What one worker may use; `environment` goes over that of whoever starts it."""
+
+    environment: dict[str, str]
+    num_gpus: int
+    num_threads: int
+
+
 class Launch(msgspec.Struct, frozen=True, kw_only=True):
     """Everything a worker needs beside the arrays. Times in seconds."""
 
     format: int = FORMAT
     launch_id: str
     contexts_file: str
-    input_size_bytes: int
-    input_mtime_ns: int
     output_file: str
     run_key: str
-    key_fields: list[str] | None
-    """Template fields that are part of a key; None for all."""
-    distinct_samples: bool
     engine: str
     inference_class: str | None
     model_dir: str | None
@@ -62,6 +65,7 @@ class Launch(msgspec.Struct, frozen=True, kw_only=True):
     num_workers: int
     may_steal: bool
     beat_timeout_s: float
+    seats: list[SeatSpec]
 
     def engine_spec(self, num_gpus: int, num_threads: int) -> EngineSpec:
         return EngineSpec(
@@ -119,6 +123,11 @@ class LaunchPaths:
         return self.directory / "launch.json"
 
     @property
+    def nothing_to_do(self) -> Path:
+        """Written instead of `spec` when all is answered, for ranks that wait for a plan."""
+        return self.directory / "nothing_to_do"
+
+    @property
     def claims(self) -> Path:
         return self.directory / "claims"
 
@@ -136,15 +145,13 @@ class Work:
 
     Attributes:
         records: [num_records] of index.RECORD.
-        order: [num_requests] u4, rows of `records`.
+        order: [num_requests] u4, rows of `records` that are to do.
         chunks: [num_chunks] of plan.CHUNK.
-        finished: [num_requests] bool, already answered when the launch started.
     """
 
     records: NDArray[Any]
     order: NDArray[Any]
     chunks: NDArray[Any]
-    finished: NDArray[Any]
 
     def board(self, num_workers: int) -> Board:
         slices: list[list[int]] = [[] for _ in range(num_workers)]
@@ -157,7 +164,7 @@ def write_launch(paths: LaunchPaths, launch: Launch, work: Work) -> None:
     """Write the plan of a launch; `launch.json` appears last and whole."""
     for directory in (paths.claims, paths.beats):
         directory.mkdir(parents=True, exist_ok=True)
-    for name in ("records", "order", "chunks", "finished"):
+    for name in ("records", "order", "chunks"):
         np.save(paths.array(name), getattr(work, name))
     write_atomically(paths.spec, msgspec.json.format(msgspec.json.encode(launch)))
 
@@ -172,7 +179,7 @@ def read_launch(paths: LaunchPaths) -> Launch:
 def read_work(paths: LaunchPaths) -> Work:
     arrays = {
         name: np.load(paths.array(name), mmap_mode="r", allow_pickle=False)
-        for name in ("records", "order", "chunks", "finished")
+        for name in ("records", "order", "chunks")
     }
     return Work(**arrays)
 

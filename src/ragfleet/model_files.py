@@ -16,6 +16,12 @@ from ragfleet.errors import ModelError
 SPECIAL_TOKENS = tuple(
     f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 )
+CONVERT = (
+    'python -c "import sys, transformers as t; a, b = sys.argv[1:];'
+    " t.AutoModelForCausalLM.from_pretrained(a, dtype='auto').save_pretrained(b);"
+    ' t.AutoTokenizer.from_pretrained(a).save_pretrained(b)" {folder} {folder}-safetensors'
+)
+_POINTER = b"version https://git-lfs"
 _CONTEXT_LIMIT_KEYS = (
     "max_position_embeddings",
     "n_positions",
@@ -37,6 +43,31 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ModelError(f"{path}: holds no JSON object; download it again.")
     return value
+
+
+def check_weights(model_dir: Path) -> None:
+    """Raises ModelError unless the folder holds a config and all of its safetensors files."""
+    if not (model_dir / "config.json").is_file():
+        raise ModelError(f"{model_dir}/config.json is missing: this is not a model folder.")
+    index = read_json(model_dir / "model.safetensors.index.json")
+    names = sorted(set(index.get("weight_map", {}).values())) or sorted(
+        path.name for path in model_dir.glob("*.safetensors")
+    )
+    for name in names:
+        file = model_dir / name
+        if not file.is_file():
+            raise ModelError(f"{file} is missing, but the index names it; finish the download.")
+        with file.open("rb") as opened:
+            if opened.read(len(_POINTER)) == _POINTER:
+                raise ModelError(f"{file} is a git-lfs pointer; run `git lfs pull` in the folder.")
+    if names:
+        return
+    if any(model_dir.glob("*.bin")) or any(model_dir.glob("*.pt*")):
+        raise ModelError(
+            f"{model_dir}: only pickled weights (.bin, .pt) are here, and loading those can run"
+            f" code; if you trust them, convert once:\n{CONVERT.format(folder=model_dir)}"
+        )
+    raise ModelError(f"{model_dir}: there is no *.safetensors file here; finish the download.")
 
 
 def context_limit(model_dir: Path) -> int | None:

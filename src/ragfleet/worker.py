@@ -46,6 +46,7 @@ from ragfleet.shards import ShardWriter, finished_keys
 
 _IDLE_POLL_S: Final = 0.2
 _STEP_S: Final = 1.0
+_BLOCKING_TIMEOUT_S: Final = 600.0
 _BREAKER: Final = 32
 """So many first requests all failing is a mistake in the set-up, not bad luck."""
 
@@ -102,6 +103,7 @@ class Worker:
             paths, self.owner, self.counters, self.shard, engine.progress, self.oldest_in_flight
         )
         self.draining = False
+        self.timeout_s = launch.request_timeout_s
         self._in_flight: dict[bytes, _Item] = {}
         self._retries: deque[_Item] = deque()
         self._next: _Item | None = None
@@ -119,9 +121,9 @@ class Worker:
         self.pulse.start()
         self.events.send("loading")
         info = self.engine.start()
-        self.events.send(
-            "ready", info.name, notes=list(info.notes), may_block=info.may_block
-        )
+        if self.timeout_s is None and info.may_block:
+            self.timeout_s = _BLOCKING_TIMEOUT_S
+        self.events.send("ready", info.name, notes=list(info.notes), may_block=info.may_block)
         while True:
             if self.fill(info):
                 for outcome in self.engine.step(_STEP_S):
@@ -197,8 +199,7 @@ class Worker:
 
     def open_chunk(self, claim: Claim) -> _Chunk:
         chunk = self.work.chunks[claim.chunk]
-        part = slice(int(chunk["start"]), int(chunk["stop"]))
-        rows = self.work.order[part][~self.work.finished[part]]
+        rows = self.work.order[int(chunk["start"]) : int(chunk["stop"])]
         records = self.work.records[rows]
         keys = np.column_stack((records["key_hi"], records["key_lo"])).astype("<u8").tobytes()
         skip: set[bytes] = set()
@@ -257,7 +258,14 @@ class Worker:
             self.close_if_complete(chunk)
 
     def prepare(
-        self, chunk: _Chunk, row: int, offset: int, length: int, hash_: int, line_no: int, key: bytes
+        self,
+        chunk: _Chunk,
+        row: int,
+        offset: int,
+        length: int,
+        hash_: int,
+        line_no: int,
+        key: bytes,
     ) -> _Item | None:
         """Read, check and render one record; None when it is finished without being sent."""
         if key in chunk.skip:
@@ -280,7 +288,7 @@ class Worker:
         item = _Item(request, line, row, line_no, chunk)
         chunk.outstanding += 1
         if row in self.board.timed_out:
-            self.fail(item, self.timeout_of(item), self.launch.request_timeout_s)
+            self.fail(item, self.timeout_of(item), self.timeout_s)
             return None
         try:
             prepared = self.engine.prepare(request)
@@ -299,9 +307,8 @@ class Worker:
 
     def expire(self, info: EngineInfo) -> None:
         """Give up on requests that took too long. One that blocks `step` is the launcher's to end."""
-        limit_s = self.launch.request_timeout_s
-        if limit_s is not None and not info.may_block:
-            too_old = time.monotonic() - limit_s
+        if self.timeout_s is not None and not info.may_block:
+            too_old = time.monotonic() - self.timeout_s
             for item in [item for item in self._in_flight.values() if item.started_s < too_old]:
                 self.engine.abort(item.request.key)
                 self.finish(self.timeout_of(item))
@@ -310,7 +317,7 @@ class Worker:
         return Failure(
             key=item.request.key,
             error_type="timeout",
-            error=f"no answer within {self.launch.request_timeout_s:g} s",
+            error=f"no answer within {self.timeout_s:g} s (--request_timeout_s)",
         )
 
     def oldest_in_flight(self) -> tuple[float, int, int]:
@@ -406,9 +413,7 @@ class Worker:
         )
 
 
-def completed(
-    item: _Item, completion: Completion, inference_time: float, rank: int
-) -> Answered:
+def completed(item: _Item, completion: Completion, inference_time: float, rank: int) -> Answered:
     """A success as JSON-ready bytes."""
     own = [
         ("finish_reason", b'"%b"' % completion.finish_reason.encode()),

@@ -19,19 +19,13 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
 from ragfleet.engines.protocol import EngineSpec
 from ragfleet.errors import ModelError
-from ragfleet.model_files import context_limit, read_json
+from ragfleet.model_files import check_weights, context_limit, read_json
 
 log = logging.getLogger(__name__)
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-CONVERT = (
-    'python -c "import sys, transformers as t; a, b = sys.argv[1:];'
-    " t.AutoModelForCausalLM.from_pretrained(a, dtype='auto').save_pretrained(b);"
-    ' t.AutoTokenizer.from_pretrained(a).save_pretrained(b)" {folder} {folder}-safetensors'
-)
 # Keys of generation_config.json that are not ways to choose tokens.
 _NOT_SAMPLING = ("transformers_version", "_from_model_config", "do_sample", "use_cache")
-_POINTER = b"version https://git-lfs"
 
 
 def load_model(spec: EngineSpec, model_dir: Path) -> tuple[Any, list[str]]:
@@ -80,31 +74,6 @@ def load_model(spec: EngineSpec, model_dir: Path) -> tuple[Any, list[str]]:
     model.generation_config = GenerationConfig()
     notes += _not_applied(model_dir)
     return model, notes
-
-
-def check_weights(model_dir: Path) -> None:
-    """Raises ModelError unless the folder holds a config and all of its safetensors files."""
-    if not (model_dir / "config.json").is_file():
-        raise ModelError(f"{model_dir}/config.json is missing: this is not a model folder.")
-    index = read_json(model_dir / "model.safetensors.index.json")
-    names = sorted(set(index.get("weight_map", {}).values())) or sorted(
-        path.name for path in model_dir.glob("*.safetensors")
-    )
-    for name in names:
-        file = model_dir / name
-        if not file.is_file():
-            raise ModelError(f"{file} is missing, but the index names it; finish the download.")
-        with file.open("rb") as opened:
-            if opened.read(len(_POINTER)) == _POINTER:
-                raise ModelError(f"{file} is a git-lfs pointer; run `git lfs pull` in the folder.")
-    if names:
-        return
-    if any(model_dir.glob("*.bin")) or any(model_dir.glob("*.pt*")):
-        raise ModelError(
-            f"{model_dir}: only pickled weights (.bin, .pt) are here, and loading those can run"
-            f" code; if you trust them, convert once:\n{CONVERT.format(folder=model_dir)}"
-        )
-    raise ModelError(f"{model_dir}: there is no *.safetensors file here; finish the download.")
 
 
 def model_limit(spec: EngineSpec, model_dir: Path) -> int | None:

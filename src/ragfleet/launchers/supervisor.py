@@ -62,7 +62,8 @@ class _Process:
     popen: subprocess.Popen[bytes]
     events: EventReader
     pidfd: int | None
-    may_block: bool = False
+    blocked_after_s: float | None = None
+    """Where a user's code can block the engine: how long it may."""
     timed_out: bool = False
     beat: Beat | None = None
     beat_seen_s: float = field(default_factory=time.monotonic)
@@ -212,7 +213,7 @@ class Supervisor:
             return
         for event in events:
             if event.kind == "ready":
-                process.may_block = bool(event.data.get("may_block"))
+                process.blocked_after_s = event.data.get("blocked_after_s")
             if event.kind == "fatal":
                 self._stop(_error_from(event.data.get("error", ""), event.message))
             else:
@@ -273,8 +274,8 @@ class Supervisor:
 
     def _end_if_blocked(self, process: _Process, now_s: float) -> None:
         """A request that blocks its engine is ended with the worker, and fails when claimed again."""
-        limit_s, beat = self._launch.request_timeout_s, process.beat
-        if limit_s is None or beat is None or beat.oldest_row is None or not process.may_block:
+        limit_s, beat = process.blocked_after_s, process.beat
+        if limit_s is None or beat is None or beat.oldest_row is None:
             return
         age_s = beat.oldest_s + (now_s - process.beat_seen_s)
         if age_s > limit_s + _TIMEOUT_GRACE_S and not process.timed_out:

@@ -1,0 +1,302 @@
+"""The command line: `ragfleet infer | plan | show | status | merge`.
+
+Owns argument parsing, exit codes and what is printed. Start-up stays instant: each command imports what it
+needs when it runs.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from ragfleet.errors import ConfigError, Interrupted, RagfleetError, RunError
+
+if TYPE_CHECKING:
+    from ragfleet.config import RunConfig
+
+_HELP: Final = """\
+usage: ragfleet COMMAND [OPTIONS]
+
+Offline batch inference for retrieval-augmented generation: one result per input line, in order.
+
+commands:
+  infer    answer a contexts file and merge the results (resumes by itself)
+  plan     show what infer would do, without loading a model
+  show     print the exact prompt of one record: ragfleet show ID [the same options as infer]
+  status   what a run has finished: ragfleet status --output_file FILE
+  merge    merge what is finished: ragfleet merge --output_file FILE [--partial]
+
+ragfleet COMMAND --help lists a command's options. --config FILE.toml gives any of them; options on
+the command line win.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code: 0, 1 run failed, 2 usage, 3 failed rows, 128 + signal."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_HELP, end="")
+        return 0 if arguments else 2
+    if arguments[0] in ("-V", "--version"):
+        import ragfleet
+
+        print(f"ragfleet {ragfleet.__version__}")
+        return 0
+    command = _COMMANDS.get(arguments[0])
+    if command is None:
+        import difflib
+
+        near = difflib.get_close_matches(arguments[0], _COMMANDS, n=1)
+        hint = f" Did you mean {near[0]}?" if near else ""
+        print(f"ragfleet: there is no command {arguments[0]}.{hint}", file=sys.stderr)
+        return 2
+    try:
+        return command(arguments[1:])
+    except RagfleetError as error:
+        _report(error, arguments)
+        return error.exit_code
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _infer(arguments: list[str]) -> int:
+    config = parse_config(arguments, "ragfleet infer")
+    if config is None:
+        return 0
+    from ragfleet.monitor.console import Console
+    from ragfleet.monitor.statistics import full_text
+    from ragfleet.run import run
+
+    with Console() as console:
+        summary = run(config, console)
+    if summary is None:  # a torchrun rank above 0: rank 0 tells
+        return 0
+    print(full_text(summary))
+    return summary.exit_code
+
+
+def _plan(arguments: list[str]) -> int:
+    config = parse_config(arguments, "ragfleet plan", plan=True)
+    if config is None:
+        return 0
+    from ragfleet.inspection import plan_lines
+
+    print("\n".join(plan_lines(config)))
+    return 0
+
+
+def _show(arguments: list[str]) -> int:
+    identifier = next((text for text in arguments[:1] if not text.startswith("-")), None)
+    if identifier is None:
+        if set(arguments) & {"-h", "--help"}:
+            parse_config(arguments, "ragfleet show ID")
+            return 0
+        raise ConfigError("ragfleet show needs an id: ragfleet show ID --contexts_file … .")
+    config = parse_config(arguments[1:], "ragfleet show ID", plan=True)
+    if config is None:
+        return 0
+    from ragfleet.inspection import rendered_prompt
+    from ragfleet.monitor.console import printable
+
+    prompt, facts = rendered_prompt(config, identifier)
+    print(printable(facts), file=sys.stderr)
+    print(printable(prompt) if sys.stdout.isatty() else prompt)
+    return 0
+
+
+def _status(arguments: list[str]) -> int:
+    from ragfleet.inspection import OutputOptions, status_lines
+
+    options = _parse(OutputOptions, arguments, "ragfleet status")
+    if options is not None:
+        print("\n".join(status_lines(options)))
+    return 0
+
+
+def _merge(arguments: list[str]) -> int:
+    from ragfleet.inspection import MergeOptions, merge_now
+
+    options = _parse(MergeOptions, arguments, "ragfleet merge")
+    if options is not None:
+        print(merge_now(options))
+    return 0
+
+
+_COMMANDS: Final[dict[str, Callable[[list[str]], int]]] = {
+    "infer": _infer,
+    "plan": _plan,
+    "show": _show,
+    "status": _status,
+    "merge": _merge,
+}
+
+
+# ---- parsing
+
+
+def parse_config(arguments: Sequence[str], prog: str, plan: bool = False) -> RunConfig | None:
+    """A RunConfig from options, over those of `--config FILE.toml`; None when help was asked for.
+
+    Args:
+        plan: --output_file may be left out.
+
+    Raises:
+        ConfigError: with what is wrong and, for an unknown option, the nearest one.
+    """
+    from ragfleet.config import RunConfig
+
+    arguments = list(arguments)
+    config_file, arguments = _take_config_option(arguments)
+    if config_file is not None:
+        arguments = [*_toml_arguments(Path(config_file)), *arguments]
+    names = {text.partition("=")[0].replace("-", "_") for text in arguments}
+    if plan and "__output_file" not in names:
+        arguments = ["--output_file", "results.jsonl", *arguments]
+    config: RunConfig | None = _parse(RunConfig, arguments, prog)
+    return config
+
+
+def _parse(kind: type[Any], arguments: Sequence[str], prog: str) -> Any:
+    import tyro
+
+    try:
+        return tyro.cli(
+            kind,
+            prog=prog,
+            args=list(arguments),
+            use_underscores=True,
+            registry=_registry(),
+        )
+    except SystemExit as stop:
+        if stop.code in (0, None):
+            return None
+        raise
+
+
+def _registry() -> Any:
+    """tyro's rule for options that are JSON objects."""
+    import json
+
+    import tyro
+
+    def parse_object(values: list[str]) -> dict[str, Any]:
+        try:
+            value = json.loads(values[0])
+        except ValueError as error:
+            raise ValueError(f"not JSON: {error}") from None
+        if not isinstance(value, dict):
+            raise ValueError("not a JSON object")
+        return value
+
+    registry = tyro.constructors.ConstructorRegistry()
+
+    @registry.primitive_rule
+    def json_object(info: Any) -> Any:
+        if info.type != dict[str, Any]:
+            return None
+        return tyro.constructors.PrimitiveConstructorSpec(
+            nargs=1,
+            metavar="JSON",
+            instance_from_str=parse_object,
+            is_instance=lambda value: isinstance(value, dict),
+            str_from_instance=lambda value: [json.dumps(value)],
+        )
+
+    return registry
+
+
+def _take_config_option(arguments: list[str]) -> tuple[str | None, list[str]]:
+    for number, text in enumerate(arguments):
+        if text == "--config":
+            if number + 1 == len(arguments):
+                raise ConfigError("--config needs a TOML file.")
+            return arguments[number + 1], arguments[:number] + arguments[number + 2 :]
+        if text.startswith("--config="):
+            return text.partition("=")[2], arguments[:number] + arguments[number + 1 :]
+    return None, arguments
+
+
+def _toml_arguments(path: Path) -> list[str]:
+    """The options a TOML file stands for; those of the command line come later and win."""
+    import dataclasses
+    import difflib
+    import json
+    import tomllib
+
+    from ragfleet.config import RunConfig
+
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--config {path} can't be read: {error}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"--config {path} is not valid TOML: {error}") from None
+    known = {field.name for field in dataclasses.fields(RunConfig)}
+    arguments = []
+    for name, value in table.items():
+        key = name.replace("-", "_")
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f" Did you mean {near[0]}?" if near else ""
+            raise ConfigError(f"{path}: there is no setting {name}.{hint}")
+        if isinstance(value, bool):
+            arguments.append(f"--{key}" if value else f"--no_{key}")
+        elif isinstance(value, list):
+            arguments += [f"--{key}", *map(str, value)]
+        elif isinstance(value, dict):
+            arguments += [f"--{key}", json.dumps(value)]
+        else:
+            arguments += [f"--{key}", str(value)]
+    return arguments
+
+
+# ---- errors
+
+
+def _report(error: RagfleetError, arguments: list[str]) -> None:
+    text = str(error)
+    resumable = isinstance(error, Interrupted | RunError) and arguments[0] == "infer"
+    if resumable:
+        text += f"\nGo on with:\n  {resume_command(arguments)}"
+    from ragfleet.monitor.console import printable
+
+    try:
+        print(f"ragfleet: {printable(text)}", file=sys.stderr)
+    except OSError:
+        return  # the terminal is gone; the exit code and the log say it
+    if os.environ.get("RANK", "0") == "0":
+        from ragfleet.launchers.torchrun import report_error
+
+        report_error(os.environ, text)
+    if {"--verbose"} & set(arguments):
+        import traceback
+
+        traceback.print_exception(error)
+
+
+def resume_command(arguments: Sequence[str]) -> str:
+    """The command that goes on with this run: the same one, without --overwrite."""
+    rest = [text for text in arguments[1:] if text not in ("--overwrite", "--no_overwrite")]
+    script = sys.argv[0] if sys.argv and sys.argv[0].endswith(".py") else None
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        processes = os.environ.get("LOCAL_WORLD_SIZE", "1")
+        words = ["torchrun", "--standalone", f"--nproc_per_node={processes}"]
+        words += [script] if script else ["-m", "ragfleet", "infer"]
+    elif script:
+        words = ["python", script]
+    else:
+        words = ["ragfleet", "infer"]
+    return shlex.join([*words, *rest])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,201 @@
+"""Looking at a run without running it: its plan, one prompt, its state, a merge of what is finished.
+
+Nothing here loads a model, torch included.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from ragfleet.beats import read_beats
+from ragfleet.config import RunConfig
+from ragfleet.engines.protocol import Failure, Request, SamplingParams
+from ragfleet.errors import InputError, OutputError, WorkersFailed
+from ragfleet.header import header_lines
+from ragfleet.identity import RunFile, read_run_file, write_run_file
+from ragfleet.index import Kind
+from ragfleet.launch import RunPaths
+from ragfleet.launchers.torchrun import detect
+from ragfleet.merge import write_results
+from ragfleet.model_files import context_limit
+from ragfleet.plan import static_slices
+from ragfleet.planning import find_finished, index_contexts, selection_of
+from ragfleet.preparation import prepare
+from ragfleet.records import Head, LazyRecord, parse_head
+from ragfleet.run_lock import RunLock
+
+
+def plan_lines(config: RunConfig) -> list[str]:
+    """What `infer` would do with this configuration now. Raises UsageError as `infer` would."""
+    preparation = prepare(config, os.environ, detect(os.environ))
+    selection = selection_of(config, preparation.num_workers, preparation.key_fields)
+    indexed = index_contexts(selection, preparation.identity.run_key)
+    finished = find_finished(indexed, preparation.paths.output_file)
+    done = finished.mask(indexed, config.retry_failed)
+    plan = indexed.plan(indexed.requests & ~done, config.schedule, config.max_new_tokens)
+    lines = header_lines(preparation, indexed, plan, finished)
+    if done.any():
+        lines.append(f"Finished  {int(done.sum()):,} requests by earlier starts; they are kept.")
+    lines.append("Slices    (selected lines by the documented rule; what a worker generates)")
+    costs = plan.slice_costs(preparation.num_workers)
+    total_cost = sum(costs) or 1.0
+    for worker, part in enumerate(indexed.selected):
+        whole = static_slices(len(indexed.index), preparation.num_workers)[worker]
+        mine = plan.chunks[plan.chunks["slice"] == worker]
+        count = int((mine["stop"] - mine["start"]).sum())
+        lines.append(
+            f"          worker {worker}: lines {whole.start + 1:,}-{whole.stop:,},"
+            f" {len(part):,} selected; generates {count:,} in {len(mine):,} chunks"
+            f" ({costs[worker] / total_cost:.1%} of the cost)"
+        )
+    if len(plan.order):
+        bound = plan.lower_bound_cost / max(max(costs), 1e-9)
+        lines.append(
+            f"Balance   the busiest slice is planned within {1 / bound - 1:.1%} of the lower bound"
+            " (before any stealing)"
+        )
+    invalid = indexed.index.first_invalid
+    lines += [f"Invalid   line {number}: {reason}" for number, reason in invalid[3:]]
+    return lines
+
+
+def rendered_prompt(config: RunConfig, identifier: str) -> tuple[str, str]:
+    """The exact prompt of the record with this id (or `line:<n>`), and a line of facts about it.
+
+    Raises:
+        InputError: no such record, or it gets a failure row instead of a prompt.
+    """
+    from ragfleet.tokens import load_tokenizer, prepare_prompt
+
+    preparation = prepare(config, os.environ, None)
+    line, line_no = _find_line(config.contexts_file, identifier)
+    head = parse_head(line)
+    if not isinstance(head, Head):
+        raise InputError(f"{identifier} (line {line_no}) is not sent: {head.reason}.")
+    if head.error is not None:
+        raise InputError(f"{identifier} (line {line_no}) is not sent: {head.error}.")
+    if preparation.model_dir is None:
+        return head.query, f"line {line_no}: this engine sees the query alone"
+    request = Request(
+        key=b"",
+        query=head.query,
+        context=head.context,
+        retrieval_method=head.retrieval_method,
+        record=LazyRecord(line),
+    )
+    tokenizer = load_tokenizer(preparation.model_dir, config.trust_remote_code)
+    limit = config.max_model_len or context_limit(preparation.model_dir)
+    sampling = SamplingParams(max_new_tokens=config.max_new_tokens)
+    prepared = prepare_prompt(request, preparation.prompts, tokenizer, sampling, limit)
+    if isinstance(prepared, Failure):
+        raise InputError(
+            f"{identifier} (line {line_no}) fails before it is sent:"
+            f" {prepared.error_type}: {prepared.error}"
+        )
+    facts = f"line {line_no}: {len(prepared.token_ids):,} tokens"
+    if prepared.truncated_tokens:
+        facts += f", {prepared.truncated_tokens:,} of the context cut"
+    return prepared.prompt, facts
+
+
+def _find_line(path: Path, identifier: str) -> tuple[bytes, int]:
+    try:
+        with open(path, "rb") as file:
+            for number, line in enumerate(file, 1):
+                if identifier == f"line:{number}":
+                    return line, number
+                if identifier.encode() in line or not line.isascii() or b"\\u" in line:
+                    head = parse_head(line)
+                    if head.id is not None and str(head.id) == identifier:
+                        return line, number
+    except OSError as error:
+        raise InputError(f"Can't read {path}: {error.strerror}.") from None
+    raise InputError(f"{path} has no record {identifier} (ids are exact; line:<n> works too).")
+
+
+@dataclass(frozen=True)
+class OutputOptions:
+    """Which run to look at."""
+
+    output_file: Path
+    """The --output_file of the run."""
+
+
+@dataclass(frozen=True)
+class MergeOptions(OutputOptions):
+    """Merge what the shards of a run hold, without generating anything."""
+
+    partial: bool = False
+    """Write what is finished to <stem>.partial.jsonl; the output file is not touched."""
+
+
+def _run_of(output_file: Path) -> tuple[RunPaths, RunFile]:
+    paths = RunPaths(output_file.absolute())
+    run_file = read_run_file(paths)
+    if run_file is None or run_file.selection is None:
+        raise OutputError(f"There is no run for {output_file}: {paths.identity} is missing.")
+    return paths, run_file
+
+
+def status_lines(options: OutputOptions) -> list[str]:
+    """What is finished, from the shards and beats of a run that may be going on."""
+    paths, run_file = _run_of(options.output_file)
+    assert run_file.selection is not None
+    indexed = index_contexts(run_file.selection, bytes.fromhex(run_file.run_key))
+    finished = find_finished(indexed, paths.output_file)
+    kept, total = int(finished.mask(indexed).sum()), int(indexed.requests.sum())
+    succeeded = int(finished.mask(indexed, retry_failed=True).sum())
+    lines = [
+        f"{options.output_file}: {kept:,} of {total:,} requests finished"
+        f" ({kept - succeeded:,} of them failed), {total - kept:,} remain; start {run_file.starts}."
+    ]
+    if run_file.merged is not None:
+        same = run_file.merged["digest"] == indexed.digest()
+        lines.append("Merged: " + ("complete." if same else "of an earlier selection."))
+    beats = paths.launch(run_file.selection.launch_id).beats
+    if beats.is_dir():
+        for owner, beat in sorted(read_beats(beats).items()):
+            lines.append(
+                f"worker {owner}: {beat.state}, {beat.succeeded:,} succeeded, {beat.failed:,}"
+                f" failed, {beat.in_flight:,} in flight (last word of this process)"
+            )
+    return lines
+
+
+def merge_now(options: MergeOptions) -> str:
+    """Merge the shards of a run; returns the line to print.
+
+    Raises:
+        WorkersFailed: not everything is finished and --partial is not given.
+    """
+    paths, run_file = _run_of(options.output_file)
+    assert run_file.selection is not None
+    indexed = index_contexts(run_file.selection, bytes.fromhex(run_file.run_key))
+    finished = find_finished(indexed, paths.output_file)
+    missing = int(indexed.requests.sum()) - int(finished.mask(indexed).sum())
+    if options.partial:
+        target = paths.output_file.with_name(f"{paths.output_file.stem}.partial.jsonl")
+        statistics = write_results(indexed.merge_job(finished.winners, partial=True), target)
+        sendable = indexed.index.records["kind"] == Kind.SEND
+        return (
+            f"{statistics.rows:,} of {indexed.num_selected:,} selected lines → {target}"
+            f" ({statistics.missing:,} of {int(sendable.sum()):,} sendable lines have no answer yet)"
+        )
+    if missing:
+        raise WorkersFailed(
+            f"{missing:,} requests are not finished, so {paths.output_file.name} was not written."
+            " Finish the run, or take --partial."
+        )
+    with RunLock(paths):
+        statistics = write_results(indexed.merge_job(finished.winners), paths.output_file)
+        run_file.merged = {
+            "statistics": msgspec.to_builtins(statistics, str_keys=True),
+            "digest": indexed.digest(),
+            "shards_removed": False,
+        }
+        write_run_file(paths, run_file)
+    return f"{statistics.rows:,} rows → {paths.output_file}"

@@ -1,0 +1,227 @@
+"""Shards ⋈ input order → results: one row per selected record, whatever order answers came in.
+
+A pure function of the input, the shards and the selection: run it twice, or over shards in another order,
+and the same bytes come out. Metadata come from the input line, only the answer and its figures from the
+shard. Nothing replaces the output before every row is written and synced.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from ragfleet.errors import InputChanged, StorageError
+from ragfleet.index import Kind
+from ragfleet.records import (
+    Answered,
+    Head,
+    failed,
+    from_shard,
+    parse_fields,
+    parse_head,
+    parse_shard_row,
+    result_row,
+)
+from ragfleet.shards import Winners, fsync_directory, rank_of
+from ragfleet.summary import MergeStatistics, WorkerStatistics
+
+_BLOCK: Final = 1 << 15
+_BUFFER_BYTES: Final = 1 << 20
+
+
+@dataclass(frozen=True)
+class MergeJob:
+    """What to merge.
+
+    Attributes:
+        records: [num_records] of index.RECORD with leaders and final keys.
+        selected: row ranges of the output, ascending.
+        partial: leave out records without an outcome instead of refusing.
+    """
+
+    contexts_file: Path
+    records: NDArray[Any]
+    selected: Sequence[range]
+    winners: Winners
+    include_context: bool = False
+    drop_failed_contexts: bool = False
+    partial: bool = False
+
+
+def write_results(
+    job: MergeJob,
+    output_file: Path,
+    before_replace: Callable[[MergeStatistics], None] | None = None,
+) -> MergeStatistics:
+    """Write the output whole or not at all: temporary file, fsync, rename, fsync of the folder.
+
+    Args:
+        before_replace: called with the new statistics before the old output is replaced.
+
+    Raises:
+        InputChanged: a line is not the one that was indexed.
+        StorageError: no room, no permission; the old output is untouched.
+    """
+    temporary = output_file.with_name(f".{output_file.name}.{os.getpid()}.tmp")
+    statistics = MergeStatistics()
+    try:
+        with open(temporary, "wb", buffering=_BUFFER_BYTES) as file:
+            for row in merged_rows(job, statistics):
+                file.write(row)
+            file.flush()
+            os.fsync(file.fileno())
+        if before_replace is not None:
+            before_replace(statistics)
+        os.replace(temporary, output_file)
+        fsync_directory(output_file.parent)
+    except OSError as error:
+        raise StorageError(f"Can't write {output_file}: {error.strerror or error}.") from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+    return statistics
+
+
+def merged_rows(job: MergeJob, statistics: MergeStatistics) -> Iterator[bytes]:
+    """The output's lines in input order, counted into `statistics` as they come."""
+    shards = [os.open(path, os.O_RDONLY | os.O_CLOEXEC) for path in job.winners.paths]
+    by_shard = _workers(job.winners.paths, statistics)
+    try:
+        with open(job.contexts_file, "rb", buffering=_BUFFER_BYTES) as file:
+            for part in job.selected:
+                for start in range(part.start, part.stop, _BLOCK):
+                    rows = slice(start, min(start + _BLOCK, part.stop))
+                    yield from _block(job, rows, file, shards, by_shard, statistics)
+    finally:
+        for fd in shards:
+            os.close(fd)
+
+
+def _workers(paths: Sequence[Path], statistics: MergeStatistics) -> list[WorkerStatistics]:
+    by_shard = []
+    for path in paths:
+        worker = statistics.workers.setdefault(rank_of(path), WorkerStatistics(rank_of(path)))
+        worker.shards.append(path.name)
+        by_shard.append(worker)
+    return by_shard
+
+
+def _block(
+    job: MergeJob,
+    rows: slice,
+    file: Any,
+    shards: list[int],
+    by_shard: list[WorkerStatistics],
+    statistics: MergeStatistics,
+) -> Iterator[bytes]:
+    records = job.records[rows]
+    leaders = job.records[records["leader"]]
+    found = job.winners.find(leaders["key_hi"], leaders["key_lo"])
+    answers = job.winners.answers
+    line_hash = xxhash.xxh3_64_intdigest
+    answer: Answered | None
+    position = -1
+    for row, (offset, hash_, _, _, length, line_no, leader, kind), where in zip(
+        range(rows.start, rows.stop), records.tolist(), found.tolist(), strict=True
+    ):
+        if position != offset:
+            file.seek(offset)
+        line = file.read(length)
+        position = offset + length
+        if line_hash(line) != hash_:
+            raise InputChanged(
+                f"{job.contexts_file} was edited since it was read (line {line_no}). What is"
+                " finished is safe; run the same command again."
+            )
+        if kind != Kind.SEND:
+            answer = _not_sent(line, kind, job.drop_failed_contexts, statistics)
+        elif where < 0:
+            statistics.missing += 1
+            answer = None
+        else:
+            shard, length_, offset_ = _location(answers[where])
+            answer = from_shard(parse_shard_row(os.pread(shards[shard], length_, offset_)))
+            _count(statistics, answer, by_shard[shard] if leader == row else None)
+        if answer is not None:
+            yield _row(line, line_no, answer, job.include_context)
+
+
+def _location(answer: np.void) -> tuple[int, int, int]:
+    _, _, _, offset, length, shard, _, _ = answer.item()
+    return shard, length, offset
+
+
+def _not_sent(
+    line: bytes, kind: int, drop_failed: bool, statistics: MergeStatistics
+) -> Answered | None:
+    head = parse_head(line)
+    if kind == Kind.FAILED_CONTEXT and isinstance(head, Head):
+        if drop_failed:
+            statistics.dropped += 1
+            return None
+        error_type, reason = "context_failed", head.error or ""
+    else:
+        error_type, reason = "invalid_record", getattr(head, "reason", "")
+    statistics.rows += 1
+    statistics.failed += 1
+    statistics.not_sent += 1
+    statistics.errors[error_type] = statistics.errors.get(error_type, 0) + 1
+    return failed(error_type, reason)
+
+
+def _count(statistics: MergeStatistics, answer: Answered, worker: WorkerStatistics | None) -> None:
+    """`worker` None: the row takes its leader's answer."""
+    statistics.rows += 1
+    if worker is None:
+        statistics.duplicates += 1
+    else:
+        statistics.generated += 1
+    if not answer.success:
+        statistics.failed += 1
+        error_type = _decode(dict(answer.own).get("error_type", b'"unknown"'))
+        statistics.errors[error_type] = statistics.errors.get(error_type, 0) + 1
+        if worker is not None:
+            worker.failed += 1
+        return
+    statistics.succeeded += 1
+    (_, finish_reason), (_, prompt_tokens), (_, completion_tokens) = answer.own[:3]
+    statistics.cut_at_max_new_tokens += finish_reason == b'"length"'
+    statistics.empty_answers += answer.answer == b'""'
+    if worker is not None:
+        worker.succeeded += 1
+        worker.inference_time_s += answer.inference_time
+        if prompt_tokens != b"null":
+            statistics.prompt_tokens += int(prompt_tokens)
+        if completion_tokens != b"null":
+            statistics.completion_tokens += int(completion_tokens)
+
+
+_decode = msgspec.json.Decoder(str).decode
+
+
+def _row(line: bytes, line_no: int, answer: Answered, include_context: bool) -> bytes:
+    context_length = None
+    try:
+        fields = parse_fields(line)
+        line.decode()
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        fields = None
+    if fields is not None and "context_length" not in fields and "context" in fields:
+        context = msgspec.json.decode(fields["context"])
+        context_length = len(context) if isinstance(context, str) else None
+    return result_row(
+        fields,
+        f"line:{line_no}",
+        answer,
+        include_context=include_context,
+        context_length=context_length,
+    )

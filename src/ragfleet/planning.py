@@ -1,0 +1,128 @@
+"""The steps that `run`, `plan` and `merge` share: index, select, find leaders, find what is finished."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from ragfleet.config import RunConfig
+from ragfleet.identity import Selection
+from ragfleet.index import Index, build_index
+from ragfleet.merge import MergeJob
+from ragfleet.plan import Plan, find_leaders, plan_dynamic, plan_static, select, selected_mask
+from ragfleet.records import Keyer
+from ragfleet.shards import Winners, choose, list_shards, scan_shards
+
+
+@dataclass(frozen=True)
+class Indexed:
+    """A contexts file as one run sees it.
+
+    Attributes:
+        requests: [num_records] bool, rows to generate: selected, sendable, leading their key.
+    """
+
+    selection: Selection
+    index: Index
+    selected: list[range]
+    requests: NDArray[np.bool_]
+
+    @property
+    def num_selected(self) -> int:
+        return sum(len(part) for part in self.selected)
+
+    def digest(self) -> str:
+        """Hash of the selected rows' keys in order: what an output of this selection answers."""
+        digest = xxhash.xxh3_128()
+        records = self.index.records
+        for part in self.selected:
+            rows = records[part.start : part.stop]
+            for name in ("key_hi", "key_lo", "kind"):
+                digest.update(np.ascontiguousarray(rows[name]).tobytes())
+        return digest.hexdigest()
+
+    def merge_job(self, winners: Winners, partial: bool = False) -> MergeJob:
+        return MergeJob(
+            contexts_file=Path(self.selection.contexts_file),
+            records=self.index.records,
+            selected=self.selected,
+            winners=winners,
+            include_context=self.selection.include_context,
+            drop_failed_contexts=self.selection.drop_failed_contexts,
+            partial=partial,
+        )
+
+    def plan(self, to_do: NDArray[np.bool_], schedule: str, max_new_tokens: int) -> Plan:
+        """Plan the rows of `to_do`, a part of `requests`."""
+        grouping = self.index.grouping
+        if schedule == "static":
+            return plan_static(to_do, grouping, self.selected, max_new_tokens)
+        return plan_dynamic(to_do, grouping, self.selection.num_workers, max_new_tokens)
+
+
+def selection_of(config: RunConfig, num_workers: int, key_fields: list[str] | None) -> Selection:
+    return Selection(
+        contexts_file=str(config.contexts_file.absolute()),
+        key_fields=key_fields,
+        covers_id=config.temperature > 0,
+        distinct=config.distinct_samples,
+        num_workers=num_workers,
+        max_samples_per_worker=config.max_samples_per_worker,
+        include_context=config.include_context,
+        drop_failed_contexts=config.failed_contexts == "drop",
+    )
+
+
+def index_contexts(
+    selection: Selection,
+    run_key: bytes,
+    on_progress: Callable[[int, float], None] | None = None,
+) -> Indexed:
+    """Raises InputError."""
+    keyer = Keyer(run_key, selection.key_fields, selection.covers_id)
+    index = build_index(Path(selection.contexts_file), keyer, on_progress)
+    selected = select(len(index), selection.num_workers, selection.max_samples_per_worker)
+    mask = selected_mask(len(index), selected)
+    requests = find_leaders(index.records, mask, selection.distinct)
+    return Indexed(selection, index, selected, requests)
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What the shards hold.
+
+    Attributes:
+        num_invalid: lines that are no results.
+        num_superfluous: finished keys that no current record asks for.
+    """
+
+    winners: Winners
+    num_invalid: int
+    num_superfluous: int
+
+    def mask(self, indexed: Indexed, retry_failed: bool = False) -> NDArray[np.bool_]:
+        """[num_records] Which requests have their outcome already."""
+        rows = np.flatnonzero(indexed.requests)
+        records = indexed.index.records[rows]
+        found = self.winners.find(records["key_hi"], records["key_lo"])
+        has_outcome = found >= 0
+        if retry_failed and len(self.winners.answers):
+            has_outcome &= self.winners.answers["success"][np.maximum(found, 0)] == 1
+        finished = np.zeros(len(indexed.index), dtype=bool)
+        finished[rows[has_outcome]] = True
+        return finished
+
+
+def find_finished(indexed: Indexed, output_file: Path) -> Finished:
+    """Scan all shards of an output once."""
+    scanned = scan_shards(list_shards(output_file))
+    winners = choose(scanned)
+    requests = indexed.index.records[indexed.requests]
+    asked = winners.find(requests["key_hi"], requests["key_lo"]) >= 0
+    return Finished(winners, scanned.num_invalid, len(winners.answers) - int(asked.sum()))

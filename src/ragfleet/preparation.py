@@ -1,0 +1,244 @@
+"""From a configuration to a start that can't fail for a reason known beforehand.
+
+Owns every check that costs nothing: paths, templates, model folder, precision, GPUs, an earlier run on the same
+output. Nothing is written here.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import xxhash
+
+from ragfleet.allocation import Allocation, allocate
+from ragfleet.config import RunConfig
+from ragfleet.engines.protocol import PromptSettings
+from ragfleet.errors import ConfigError, ModelError, OutputError
+from ragfleet.gpus import discover_gpus, visible_gpus
+from ragfleet.identity import Identity, RunFile, model_parts, now, read_run_file
+from ragfleet.launch import RunPaths
+from ragfleet.launchers.torchrun import TorchrunRank
+from ragfleet.model_files import chat_template, check_weights, read_json
+from ragfleet.prompts import DEFAULT_SYSTEM_PROMPT, check_template, template_fields
+
+_DTYPES: Final[Mapping[str, Literal["fp32", "fp16", "bf16"]]] = {
+    "float32": "fp32",
+    "float16": "fp16",
+    "bfloat16": "bf16",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preparation:
+    """A checked start. `notes` are lines for the header."""
+
+    config: RunConfig
+    paths: RunPaths
+    num_workers: int
+    engine: Literal["transformers", "echo"]
+    model_dir: Path | None
+    precision: Literal["fp32", "fp16", "bf16"]
+    prompts: PromptSettings
+    key_fields: list[str] | None
+    identity: Identity
+    run_file: RunFile | None
+    """What an earlier start left."""
+    allocation: Allocation
+    inference_class: str | None
+    class_hash: str | None
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def clock(self) -> str:
+        return self.prompts.clock
+
+
+def prepare(
+    config: RunConfig, environ: Mapping[str, str], torchrun: TorchrunRank | None = None
+) -> Preparation:
+    """Raises a UsageError for whatever can be told without loading a model."""
+    check_paths(config)
+    num_workers = count_workers(config, torchrun)
+    paths = RunPaths(config.output_file.absolute())
+    notes: list[str] = []
+    system_prompt = DEFAULT_SYSTEM_PROMPT if config.system_prompt is None else config.system_prompt
+    template, fields = read_template(config.prompt_template)
+    class_name, class_hash = inspect_class(config.inference_class)
+    if class_name is not None:
+        fields = None
+    model_dir = find_model(config)
+    engine: Literal["transformers", "echo"] = "echo" if config.engine == "echo" else "transformers"
+    allocation = allocate(
+        visible_gpus(discover_gpus(), environ.get("CUDA_VISIBLE_DEVICES")),
+        num_workers=num_workers,
+        cpu_cores=usable_cores(),
+        total_gpus=0 if engine == "echo" else config.total_gpus,
+        gpus_per_worker=None if engine == "echo" else config.gpus_per_worker,
+        gpu_pick=config.gpu_pick,
+        device="cpu" if engine == "echo" else config.device,
+        needed_bytes=weight_bytes(model_dir),
+    )
+    precision = resolve_precision(config, model_dir, allocation.gpus_per_worker > 0)
+    run_file = None if config.overwrite else read_run_file(paths)
+    uses_clock = prints_date(model_dir)
+    clock = run_file.clock if run_file is not None else now()
+    prompts = PromptSettings(
+        system_prompt=system_prompt,
+        template=template,
+        chat_template_kwargs=config.chat_template_kwargs,
+        clock=clock,
+        truncate_context=config.truncate_context,
+    )
+    sampling = config.temperature > 0
+    parts: dict[str, Any] = {
+        "system prompt": system_prompt,
+        "prompt template": template,
+        "chat_template_kwargs": config.chat_template_kwargs,
+        "max_new_tokens": config.max_new_tokens,
+        "temperature": config.temperature,
+        "top_p": config.top_p if sampling else None,
+        "seed": config.seed if sampling else None,
+        "stop": list(config.stop),
+        "precision": precision if model_dir is not None else None,
+        "engine": "echo" if engine == "echo" else "model",
+        "inference_class": class_name,
+        "clock": clock if uses_clock else None,
+        **(model_parts(model_dir) if model_dir is not None else {}),
+    }
+    if run_file is not None and run_file.class_hash != class_hash:
+        notes.append(
+            f"Warning: {config.inference_class} was edited since the first start; earlier answers"
+            " are kept. Set its class attribute `version` to make it another run."
+        )
+    return Preparation(
+        config=config,
+        paths=paths,
+        num_workers=num_workers,
+        engine=engine,
+        model_dir=model_dir,
+        precision=precision,
+        prompts=prompts,
+        key_fields=None if fields is None else sorted(fields),
+        identity=Identity(parts),
+        run_file=run_file,
+        allocation=allocation,
+        inference_class=config.inference_class and absolute_class(config.inference_class),
+        class_hash=class_hash,
+        notes=[*notes, *allocation.notes],
+    )
+
+
+def check_paths(config: RunConfig) -> None:
+    output = config.output_file
+    if output.is_dir():
+        raise OutputError(f"--output_file {output} is a folder; name a file in it.")
+    if output.exists() and config.contexts_file.exists() and output.samefile(config.contexts_file):
+        raise OutputError("--output_file is the contexts file itself; name another file.")
+    folder = output.absolute().parent
+    existing = folder
+    while not existing.exists():
+        existing = existing.parent
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise OutputError(f"Can't write to {folder}: no permission to create files in {existing}.")
+
+
+def count_workers(config: RunConfig, torchrun: TorchrunRank | None) -> int:
+    if torchrun is None:
+        return config.num_workers or 1
+    if config.num_workers not in (None, torchrun.world_size):
+        raise ConfigError(
+            f"--num_workers {config.num_workers} and torchrun's {torchrun.world_size} processes"
+            " disagree; leave --num_workers out under torchrun."
+        )
+    return torchrun.world_size
+
+
+def usable_cores() -> int:
+    """Cores this process may run on (an outer taskset or a container's cpuset is respected)."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def read_template(path: Path | None) -> tuple[str | None, frozenset[str] | None]:
+    """Source of a prompt template and the record fields it names."""
+    if path is None:
+        return None, frozenset()
+    try:
+        source = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--prompt_template {path} can't be read: {error}") from None
+    check_template(source, str(path))
+    fields = template_fields(source)
+    known = {"query", "context", "retrieval_method"}
+    return source, None if fields is None else fields - known
+
+
+def find_model(config: RunConfig) -> Path | None:
+    """The model's folder, downloaded if it is a Hub model; None where no model is needed."""
+    if config.engine == "echo" or config.model_path is None:
+        return None
+    if config.inference_type == "huggingface":
+        from ragfleet.hub import download
+
+        return download(config.model_path, config.trust_remote_code)
+    folder = Path(config.model_path).expanduser().absolute()
+    if not folder.is_dir():
+        hint = ""
+        if "/" in config.model_path and not config.model_path.startswith((".", "/", "~")):
+            hint = " For a Hub model add --inference_type huggingface."
+        raise ModelError(f"There is no model folder {folder}.{hint}")
+    check_weights(folder)
+    return folder
+
+
+def weight_bytes(model_dir: Path | None) -> int | None:
+    """Size of the weights, the least a worker's GPUs must have free."""
+    if model_dir is None:
+        return None
+    return sum(path.stat().st_size for path in model_dir.glob("*.safetensors")) or None
+
+
+def resolve_precision(
+    config: RunConfig, model_dir: Path | None, on_gpu: bool
+) -> Literal["fp32", "fp16", "bf16"]:
+    if config.precision != "auto":
+        return config.precision
+    if not on_gpu or model_dir is None:
+        return "fp32"
+    found = read_json(model_dir / "config.json")
+    text = found.get("text_config") or {}
+    name = found.get("dtype") or found.get("torch_dtype") or text.get("dtype")
+    return _DTYPES.get(str(name), "bf16")
+
+
+def prints_date(model_dir: Path | None) -> bool:
+    """Whether the chat template asks for the time, so that the clock decides what is asked."""
+    if model_dir is None:
+        return False
+    template = chat_template(model_dir, read_json(model_dir / "tokenizer_config.json"))
+    return template is not None and "strftime_now" in template
+
+
+def inspect_class(name: str | None) -> tuple[str | None, str | None]:
+    """(`file.py:Class@version`, hash of the file), read and never imported.
+
+    A user's imports could touch a GPU before it is assigned.
+    """
+    if name is None:
+        return None, None
+    from ragfleet.engines.user_class import check_class, split_reference
+
+    version = check_class(name)
+    file, cls = split_reference(name)
+    digest = xxhash.xxh3_128_hexdigest(file.read_bytes())
+    return f"{file.name}:{cls}@{version or ''}", digest
+
+
+def absolute_class(name: str) -> str:
+    file, _, cls = name.rpartition(":")
+    return f"{Path(file).absolute()}:{cls}"

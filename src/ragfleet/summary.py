@@ -1,0 +1,89 @@
+"""What a run comes to: counts that add up, per worker and in all. Data only; printing is monitor's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+
+@dataclass(slots=True)
+class WorkerStatistics:
+    """Requests whose counting answer stands in the shards of one rank. Times in seconds."""
+
+    rank: int
+    succeeded: int = 0
+    failed: int = 0
+    inference_time_s: float = 0.0
+    """Sum over successes."""
+    shards: list[str] = field(default_factory=list)
+
+    @property
+    def processed(self) -> int:
+        return self.succeeded + self.failed
+
+    @property
+    def mean_inference_time_s(self) -> float:
+        return self.inference_time_s / self.succeeded if self.succeeded else 0.0
+
+
+@dataclass(slots=True)
+class MergeStatistics:
+    """What stands in the output: `rows == succeeded + failed == generated + duplicates + not_sent`."""
+
+    rows: int = 0
+    succeeded: int = 0
+    failed: int = 0
+    generated: int = 0
+    """Rows with an outcome of their own."""
+    duplicates: int = 0
+    """Rows that took the outcome of an equal request."""
+    not_sent: int = 0
+    """Invalid records and failed contexts."""
+    dropped: int = 0
+    """Failed contexts left out by --failed_contexts drop."""
+    missing: int = 0
+    """Selected records without an outcome; above 0 only in a partial merge."""
+    errors: dict[str, int] = field(default_factory=dict)
+    """Failure rows by error_type."""
+    cut_at_max_new_tokens: int = 0
+    empty_answers: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    workers: dict[int, WorkerStatistics] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSummary:
+    """The result of `run`."""
+
+    output_file: Path
+    num_lines: int
+    """Records in the contexts file."""
+    num_selected: int
+    statistics: MergeStatistics
+    answered_now: int = 0
+    """Requests finished in this start."""
+    resumed: int = 0
+    """Requests that earlier starts had finished."""
+    superfluous: int = 0
+    """Finished lines in the shards that no current record asks for."""
+    stolen_chunks: int = 0
+    restarts: int = 0
+    wall_s: float = 0.0
+    """From the start of this run to its merged output."""
+    fail_on_errors: bool = False
+
+    @property
+    def exit_code(self) -> int:
+        return 3 if self.fail_on_errors and self.statistics.failed else 0
+
+    def results(self) -> Iterator[dict[str, Any]]:
+        """The rows of the output, one by one."""
+        decode = msgspec.json.Decoder(dict[str, Any]).decode
+        with open(self.output_file, "rb") as file:
+            for line in file:
+                yield decode(line)

@@ -69,6 +69,7 @@ class Reference:
         from transformers import AutoModelForCausalLM
 
         self._torch = torch
+        torch.set_num_threads(1)  # as the engines under test
         self._model = AutoModelForCausalLM.from_pretrained(
             str(model_dir), dtype=torch.float32, use_safetensors=True, local_files_only=True
         )

@@ -1,0 +1,82 @@
+"""How each engine is made for the contract."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from driving import USER_CLASSES, Make
+
+from models import Reference
+from ragfleet.engines.make import make_engine
+from ragfleet.engines.protocol import (
+    Engine,
+    EngineSpec,
+    PromptSettings,
+    SamplingParams,
+)
+
+CONTRACT_ENGINES = {
+    "echo": ("echo", None),
+    "transformers": ("transformers", None),
+    "sync": ("echo", "Sync"),
+    "async": ("echo", "Async"),
+    "create_prompt": ("transformers", "Prompt"),
+}
+
+
+@pytest.fixture
+def start(small_model: Path) -> Iterator[Make]:
+    """Makes started engines and closes them: see `driving.Make`."""
+    started: list[Engine] = []
+
+    def make(
+        engine: str = "transformers",
+        user_class: str | None = None,
+        *,
+        model_dir: Path | None = None,
+        system_prompt: str = "Be brief.",
+        truncate_context: Any = "error",
+        max_new_tokens: int = 8,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        stop: tuple[str, ...] = (),
+        **spec: Any,
+    ) -> Engine:
+        made = make_engine(
+            EngineSpec(
+                model_dir=model_dir or small_model,
+                sampling=SamplingParams(
+                    max_new_tokens=max_new_tokens,
+                    temperature=temperature,
+                    top_p=top_p,
+                    stop=stop,
+                ),
+                prompts=PromptSettings(
+                    system_prompt=system_prompt, truncate_context=truncate_context
+                ),
+                **spec,
+            ),
+            engine,
+            None if user_class is None else f"{USER_CLASSES}:{user_class}",
+        )
+        started.append(made)
+        made.start()
+        return made
+
+    yield make
+    for engine in started:
+        engine.close()
+
+
+@pytest.fixture(params=CONTRACT_ENGINES)
+def contract_engine(request: pytest.FixtureRequest, start: Make) -> Engine:
+    engine, user_class = CONTRACT_ENGINES[request.param]
+    return start(engine, user_class, batch_size=3)
+
+
+@pytest.fixture(scope="session")
+def reference(small_model: Path) -> Reference:
+    return Reference(small_model)

@@ -1,0 +1,500 @@
+"""The transformers engine against plain batch-size-1 `generate`, and when that fails."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from driving import Make, ask, drive
+
+from models import Reference, changed_copy, example_records, make_model
+from ragfleet.engines.decoding import Row, RowSampler, RowStopper
+from ragfleet.engines.protocol import (
+    Completion,
+    Engine,
+    Failure,
+    Prepared,
+    Request,
+    SamplingParams,
+)
+from ragfleet.engines.transformers import TransformersEngine
+from ragfleet.errors import EngineDead, ModelError
+from ragfleet.tokens import load_tokenizer
+
+NUM, NEW = 24, 12
+"""Records, and tokens generated for each."""
+
+
+def examples() -> list[Request]:
+    """`NUM` requests of very different lengths."""
+    return [
+        dataclasses.replace(
+            ask(number, record["query"], record["context"]),
+            retrieval_method=record["retrieval_method"],
+        )
+        for number, record in enumerate(example_records(NUM))
+    ]
+
+
+def completions(engine: Engine, requests: Sequence[Request]) -> list[Completion]:
+    outcomes = drive(engine, requests)
+    found = [outcomes[request.key] for request in requests]
+    assert all(isinstance(outcome, Completion) for outcome in found), found
+    return found  # type: ignore[return-value]
+
+
+def prompt_ids(engine: Engine, request: Request) -> Sequence[int]:
+    prepared = engine.prepare(request)
+    assert isinstance(prepared, Prepared)
+    return prepared.token_ids
+
+
+# ---- equality ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def expected(small_model: Path, reference: Reference) -> list[list[int]]:
+    """The reference's tokens for `examples()`, end marker included."""
+    from ragfleet.engines.protocol import PromptSettings
+    from ragfleet.tokens import prepare_prompt
+
+    tokenizer = load_tokenizer(small_model)
+    sampling = SamplingParams(max_new_tokens=NEW)
+    tokens = []
+    for request in examples():
+        prepared = prepare_prompt(
+            request, PromptSettings(system_prompt="Be brief."), tokenizer, sampling, None
+        )
+        assert isinstance(prepared, Prepared)
+        tokens.append(reference.generate(prepared.token_ids, NEW, tokenizer.eos_ids))
+    return tokens
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 8])
+def test_greedy_tokens_are_those_of_batch_size_1(
+    start: Make, expected: list[list[int]], batch_size: int
+) -> None:
+    engine = start(batch_size=batch_size, max_new_tokens=NEW)
+    requests = examples()
+    random.Random(batch_size).shuffle(order := list(range(NUM)))
+    answers = completions(engine, [requests[index] for index in order])
+    for index, answer in zip(order, answers, strict=True):
+        assert [t for t in expected[index] if t != 3] == list(answer.token_ids)
+        assert answer.completion_tokens == len(expected[index])
+        assert answer.finish_reason == ("stop" if 3 in expected[index] else "length")
+        assert answer.prompt_tokens == len(prompt_ids(engine, requests[index]))
+    assert engine.progress() == sum(map(len, expected))
+
+
+@pytest.mark.parametrize("arch", ["qwen2", "mistral"])
+def test_other_architectures(start: Make, tmp_path: Path, arch: str) -> None:
+    model = make_model(tmp_path / arch, "--arch", arch, "--no-chat_template")
+    engine = start(model_dir=model, batch_size=4)
+    requests = examples()[:4]
+    answers = completions(engine, requests)
+    reference = Reference(model)
+    for request, answer in zip(requests, answers, strict=True):
+        tokens = reference.generate(prompt_ids(engine, request), 8, [3])
+        assert list(answer.token_ids) == tokens
+
+
+def test_the_end_marker_ends_a_row_and_is_counted(
+    start: Make, small_model: Path, tmp_path: Path, expected: list[list[int]]
+) -> None:
+    marks = sorted({tokens[index] for index, tokens in enumerate(expected[:8])})
+    model = changed_copy(
+        small_model, tmp_path / "m", generation_config={"eos_token_id": marks, "temperature": 0.6}
+    )
+    engine = start(model_dir=model, batch_size=8, max_new_tokens=NEW)
+    answers = completions(engine, examples()[:8])
+    for tokens, answer in zip(expected, answers, strict=False):
+        end = min(tokens.index(mark) for mark in marks if mark in tokens)
+        assert list(answer.token_ids) == tokens[:end]
+        assert answer.completion_tokens == end + 1
+        assert answer.finish_reason == "stop"
+
+
+def test_what_generation_config_sets_is_named_and_not_applied(
+    small_model: Path, tmp_path: Path, start: Make, expected: list[list[int]]
+) -> None:
+    model = changed_copy(
+        small_model,
+        tmp_path / "m",
+        generation_config={
+            "temperature": 0.6,
+            "do_sample": True,
+            "repetition_penalty": 1.5,
+            "min_new_tokens": 30,
+            "max_length": 5,
+            "suppress_tokens": [expected[0][0]],
+        },
+    )
+    engine = start(model_dir=model, max_new_tokens=NEW)
+    notes = " ".join(engine.start().notes)
+    assert "temperature 0.6" in notes
+    assert "repetition_penalty 1.5" in notes
+    assert list(completions(engine, examples()[:1])[0].token_ids) == expected[0]
+
+
+# ---- sampling ---------------------------------------------------------------------------------
+
+
+def seeded(count: int) -> list[Request]:
+    return [dataclasses.replace(r, seed=1000 + i) for i, r in enumerate(examples()[:count])]
+
+
+def test_draws_do_not_depend_on_batches_or_order(start: Make) -> None:
+    settings = {"temperature": 0.9, "top_p": 0.9, "max_new_tokens": NEW}
+    alone = completions(start(batch_size=1, **settings), seeded(12))
+    together = completions(start(batch_size=4, **settings), seeded(12)[::-1])[::-1]
+    assert [a.token_ids for a in alone] == [b.token_ids for b in together]
+    other_seeds = [dataclasses.replace(r, seed=r.seed + 1) for r in seeded(12) if r.seed]
+    assert [a.token_ids for a in completions(start(**settings), other_seeds)] != [
+        a.token_ids for a in alone
+    ]
+
+
+def test_unseeded_draws_differ(start: Make) -> None:
+    engine = start(temperature=1.5, max_new_tokens=NEW)
+    first, second = (completions(engine, [ask(1)])[0] for _ in range(2))
+    assert first.token_ids != second.token_ids
+
+
+@pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.5, 1.0), (1.0, 0.7), (2.0, 0.6)])
+def test_draws_follow_the_distribution(temperature: float, top_p: float) -> None:
+    logits = torch.tensor([2.0, 1.0, 0.5, -1.0, -20.0])
+    count = 4000
+    rows = [Row(Prepared(request=ask(i, seed=i), prompt="", token_ids=(1,))) for i in range(count)]
+    sampler = RowSampler(
+        SamplingParams(max_new_tokens=1, temperature=temperature, top_p=top_p), rows
+    )
+    drawn = sampler(torch.zeros(count, 1), logits.repeat(count, 1)).argmax(dim=-1)
+    assert torch.isfinite(sampler(torch.zeros(count, 1), logits.repeat(count, 1))).sum() == count
+    probs = torch.softmax(logits / temperature, dim=-1)
+    kept = 0.0
+    for index in range(5):  # the logits are in order: the nucleus is a prefix
+        probs[index] = probs[index] if kept < top_p else 0.0
+        kept += float(torch.softmax(logits / temperature, dim=-1)[index])
+    probs /= probs.sum()
+    for index, prob in enumerate(probs.tolist()):
+        share = float((drawn == index).double().mean())
+        assert abs(share - prob) <= 4 * (prob * (1 - prob) / count) ** 0.5
+        assert prob > 0 or share == 0
+
+
+def test_a_tiny_temperature_is_greedy(start: Make, expected: list[list[int]]) -> None:
+    answers = completions(start(temperature=1e-30, max_new_tokens=NEW), seeded(4))
+    assert [list(answer.token_ids) for answer in answers] == expected[:4]
+
+
+# ---- stop strings -----------------------------------------------------------------------------
+
+
+def test_stop_strings_within_and_across_tokens(
+    start: Make, small_model: Path, expected: list[list[int]]
+) -> None:
+    tokenizer = load_tokenizer(small_model)
+    tokens = expected[5]
+    text = tokenizer.decode(tokens)
+    edge = len(tokenizer.decode(tokens[:6]))  # a stop string from the middle of one into the next
+    stop = text[edge - 2 : edge + 2]
+    assert "�" not in stop
+    answers = completions(
+        start(stop=("never there", stop), max_new_tokens=NEW, batch_size=8), examples()[:8]
+    )
+    assert answers[5].text == text[: text.index(stop)]
+    assert answers[5].finish_reason == "stop"
+    assert answers[5].completion_tokens == 7
+    for index in (0, 1, 2, 3):
+        if stop not in tokenizer.decode(expected[index]):
+            assert list(answers[index].token_ids) == expected[index]
+
+
+def step_through(
+    small_model: Path, text: str, stops: tuple[str, ...], **options: Any
+) -> tuple[Row, int]:
+    """Feeds `text` token by token to one row until it is done; the row and the steps taken."""
+    tokenizer = load_tokenizer(small_model)
+    row = Row(Prepared(request=ask(1), prompt="", token_ids=(1,)))
+    sampler = RowSampler(SamplingParams(max_new_tokens=99), [row])
+    stopper = RowStopper(
+        [row],
+        sampler=sampler,
+        tokenizer=tokenizer,
+        stops=stops,
+        aborted=lambda key: False,
+        on_tokens=lambda count: None,
+    )
+    for step, token in enumerate(tokenizer.encode(text, add_special_tokens=False), start=1):
+        sampler(torch.zeros(1, 1), torch.zeros(1, 4))
+        if stopper(torch.tensor([[token]]), None).all():
+            return row, step
+    return row, -1
+
+
+@pytest.mark.parametrize("stop", ["。", "结束", "🙂", "Ω≈", "的答案。结"])
+def test_stop_strings_of_characters_spread_over_tokens(small_model: Path, stop: str) -> None:
+    text = "这是一个很长的答案。结束🙂Ω≈ç and so on"
+    row, steps = step_through(small_model, text, (stop,))
+    assert row.stopped
+    seen = load_tokenizer(small_model).decode(row.token_ids)
+    assert seen.startswith(text[: text.index(stop)] + stop)
+    assert len(seen) <= text.index(stop) + len(stop) + 8, "it stopped late"
+    assert steps == row.num_tokens
+
+
+def test_plain_prompts_stop_at_the_next_question(small_model: Path) -> None:
+    from ragfleet.prompts import PLAIN_STOP
+
+    row, _ = step_through(small_model, " Yes.\n\nQuestion: What else?", PLAIN_STOP)
+    assert load_tokenizer(small_model).decode(row.token_ids) == " Yes.\n\nQuestion:"
+    assert step_through(small_model, " Yes, a Question: indeed", PLAIN_STOP)[1] == -1
+
+
+def test_an_engine_for_a_model_without_chat_template(start: Make, tmp_path: Path) -> None:
+    engine = start(model_dir=make_model(tmp_path / "plain", "--no-chat_template"))
+    assert any("no chat template" in note for note in engine.start().notes)
+    prepared = engine.prepare(ask(1))
+    assert isinstance(prepared, Prepared)
+    assert prepared.prompt.endswith("Question: What is it?\nAnswer:")
+    assert prepared.token_ids[0] == 1
+
+
+# ---- limits -----------------------------------------------------------------------------------
+
+
+def test_too_long_is_told_before_anything_is_spent(start: Make) -> None:
+    engine = start(max_model_len=300)
+    outcomes = drive(engine, [ask(0), ask(1, context="word " * 2000), ask(2)])
+    failure = outcomes[ask(1).key]
+    assert isinstance(failure, Failure)
+    assert failure.error_type == "too_long"
+    assert isinstance(outcomes[ask(0).key], Completion)
+
+
+@pytest.mark.parametrize("side", ["head", "tail"])
+def test_truncated_prompts_are_answered(start: Make, side: str) -> None:
+    engine = start(max_model_len=300, truncate_context=side, max_new_tokens=20)
+    prepared = engine.prepare(ask(1, context="word " * 2000))
+    assert isinstance(prepared, Prepared)
+    assert prepared.truncated_tokens > 1000
+    engine.submit(prepared)
+    (outcome,) = engine.step(1.0)
+    assert isinstance(outcome, Completion)
+    assert outcome.completion_tokens == 20
+    assert outcome.prompt_tokens == len(prepared.token_ids) <= 280
+
+
+def test_a_token_the_model_has_no_row_for(start: Make, small_model: Path) -> None:
+    engine = start()
+    assert isinstance(engine, TransformersEngine)
+    engine._vocab_size = 100
+    failure = engine.prepare(ask(1))
+    assert isinstance(failure, Failure)
+    assert "100 embeddings" in failure.error
+
+
+def test_the_oldest_request_is_not_starved(start: Make) -> None:
+    engine = start(batch_size=2, max_new_tokens=1)
+    short = engine.prepare(ask(0, context=""))
+    assert isinstance(short, Prepared)
+    engine.submit(short)
+    for step in range(20):
+        number = 1
+        while True:
+            prepared = engine.prepare(ask(1000 * step + number, context="long " * 20))
+            assert isinstance(prepared, Prepared)
+            if not engine.has_room(prepared):
+                break
+            engine.submit(prepared)
+            number += 1
+        if short.key in [outcome.key for outcome in engine.step(1.0)]:
+            return
+    pytest.fail("20 batches passed by the oldest request")
+
+
+# ---- what can go wrong --------------------------------------------------------------------------
+
+
+def failing(engine: Engine, monkeypatch: pytest.MonkeyPatch, fails: Any, error: Exception) -> None:
+    """Makes `generate` raise for the batches (tensors of ids) for which `fails` is true."""
+    assert isinstance(engine, TransformersEngine)
+    generate = engine._model.generate
+
+    def wrapped(input_ids: torch.Tensor, **kwargs: Any) -> Any:
+        if fails(input_ids):
+            raise error
+        return generate(input_ids=input_ids, **kwargs)
+
+    monkeypatch.setattr(engine._model, "generate", wrapped)
+
+
+def test_out_of_memory_halves_the_batch(
+    start: Make, monkeypatch: pytest.MonkeyPatch, expected: list[list[int]]
+) -> None:
+    engine = start(batch_size=8, max_new_tokens=NEW)
+    sizes: list[int] = []
+
+    def fails(ids: torch.Tensor) -> bool:
+        sizes.append(len(ids))
+        return len(ids) > 2
+
+    failing(engine, monkeypatch, fails, torch.OutOfMemoryError("CUDA out of memory."))
+    requests = examples()
+    answers = completions(engine, requests)
+    assert [list(answer.token_ids) for answer in answers] == expected
+    assert sum(size > 2 for size in sizes) <= 8, "it does not learn from running out"
+
+
+def test_one_record_that_does_not_fit(start: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = start(batch_size=4)
+    error = RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
+    failing(engine, monkeypatch, lambda ids: ids.shape[1] > 500, error)
+    outcomes = drive(engine, [ask(0), ask(1, context="word " * 800), ask(2)])
+    failure = outcomes[ask(1).key]
+    assert isinstance(failure, Failure)
+    assert failure.error_type == "oom"
+    assert isinstance(outcomes[ask(0).key], Completion)
+    assert isinstance(outcomes[ask(2).key], Completion)
+
+
+def test_one_bad_row_fails_alone(start: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = start(batch_size=4)
+    bad = max(set(prompt_ids(engine, ask(1, "Zebra?"))) - set(prompt_ids(engine, ask(0))))
+    failing(engine, monkeypatch, lambda ids: bool((ids == bad).any()), ValueError("odd shape"))
+    outcomes = drive(engine, [ask(0), ask(1, "Zebra?"), ask(2), ask(3)])
+    failed = [outcome for outcome in outcomes.values() if isinstance(outcome, Failure)]
+    assert [failure.key for failure in failed] == [ask(1).key]
+    assert failed[0].error_type == "generation_error"
+    assert "odd shape" in failed[0].error
+
+
+def test_a_lost_gpu_ends_the_engine(start: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = start()
+    error = RuntimeError("CUDA error: device-side assert triggered")
+    failing(engine, monkeypatch, lambda ids: True, error)
+    prepared = engine.prepare(ask(1))
+    assert isinstance(prepared, Prepared)
+    engine.submit(prepared)
+    with pytest.raises(EngineDead, match="device-side assert"):
+        engine.step(1.0)
+
+
+def test_an_interrupt_passes_through(start: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = start()
+    failing(engine, monkeypatch, lambda ids: True, KeyboardInterrupt())  # type: ignore[arg-type]
+    prepared = engine.prepare(ask(1))
+    assert isinstance(prepared, Prepared)
+    engine.submit(prepared)
+    with pytest.raises(KeyboardInterrupt):
+        engine.step(1.0)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_not_numbers(start: Make, temperature: float) -> None:
+    engine = start(temperature=temperature)
+    assert isinstance(engine, TransformersEngine)
+    engine._model.lm_head.weight.fill_(float("nan"))
+    failure = drive(engine, [ask(1)])[ask(1).key]
+    assert isinstance(failure, Failure)
+    assert "not finite" in failure.error
+
+
+def test_abort_while_running(start: Make) -> None:
+    engine = start(batch_size=4, max_new_tokens=NEW)
+    assert isinstance(engine, TransformersEngine)
+    count = engine._count
+
+    def abort_soon(num_tokens: int) -> None:
+        count(num_tokens)
+        if engine.progress() == 8:  # the second step of four rows
+            engine.abort(ask(2).key)
+
+    engine._count = abort_soon  # type: ignore[method-assign]
+    for number in range(4):
+        prepared = engine.prepare(ask(number))
+        assert isinstance(prepared, Prepared)
+        engine.submit(prepared)
+    keys = [outcome.key for outcome in engine.step(1.0)]
+    assert sorted(keys) == [ask(0).key, ask(1).key, ask(3).key]
+    assert engine.progress() == 3 * NEW + 3
+
+
+# ---- loading ----------------------------------------------------------------------------------
+
+
+def drop_weight(model: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(model / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+
+
+def pickle_weights(model: Path) -> None:
+    (model / "model.safetensors").rename(model / "pytorch_model.bin")
+
+
+def lfs_pointer(model: Path) -> None:
+    (model / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
+
+
+def half_file(model: Path) -> None:
+    data = (model / "model.safetensors").read_bytes()
+    (model / "model.safetensors").write_bytes(data[: len(data) // 2])
+
+
+BROKEN: dict[str, tuple[Any, str]] = {
+    "no config": ({"config": None}, "config.json is missing"),
+    "no weights": (lambda m: (m / "model.safetensors").unlink(), "no .*safetensors file"),
+    "pickled": (pickle_weights, r"only pickled weights.*\n.*save_pretrained"),
+    "pointer": (lfs_pointer, "git lfs pull"),
+    "half": (half_file, "cannot load this llama model"),
+    "a weight is missing": (drop_weight, "lacks 1 weights.*up_proj"),
+    "unknown": ({"config": {"model_type": "hyperion9"}}, "architecture 'hyperion9'"),
+    "remote code": (
+        {"config": {"model_type": "hyperion9", "auto_map": {"AutoConfig": "x.Y"}}},
+        "--trust_remote_code",
+    ),
+    "encoder-decoder": ({"config": {"model_type": "t5"}}, "encoder-decoder"),
+    "quantiser": (
+        {"config": {"quantization_config": {"quant_method": "cubes"}}},
+        "quantisation 'cubes'",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_models_that_cannot_be_loaded(
+    start: Make, small_model: Path, tmp_path: Path, name: str
+) -> None:
+    change, message = BROKEN[name]
+    files = change if isinstance(change, dict) else {}
+    model = changed_copy(small_model, tmp_path / "m", **files)
+    if callable(change):
+        change(model)
+    with pytest.raises(ModelError, match=message):
+        start(model_dir=model)
+
+
+def test_a_limit_above_the_models(start: Make) -> None:
+    with pytest.raises(ModelError, match="9000 is above the 8192"):
+        start(max_model_len=9000)
+
+
+def test_a_model_that_loads_but_cannot_generate(
+    start: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import LlamaForCausalLM
+
+    def generate(*args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError("no kernel image")
+
+    monkeypatch.setattr(LlamaForCausalLM, "generate", generate)
+    with pytest.raises(ModelError, match="cannot generate: RuntimeError: no kernel image"):
+        start()

@@ -262,7 +262,7 @@ def test_entry_point_on_an_old_python() -> None:
 
 
 def test_entry_point_without_dependencies() -> None:
-    done = run_python("-S", str(ENTRY), "--help")  # -S: no site-packages
+    done = run_python("-S", str(ENTRY), "--output_file", "o")  # -S: no site-packages
     assert done.returncode == 2
     assert "-m pip install -e" in done.stderr
     assert "Traceback" not in done.stderr

@@ -46,17 +46,21 @@ def __getattr__(name):
 
 def main(argv):
     """Run `ragfleet infer` with these arguments and return its exit code."""
+    # Workers are processes of their own, and a user's file may import its base class from here.
+    inherited = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = HERE + (os.pathsep + inherited if inherited else "")
+    arguments = list(argv)
+    arguments.insert(0, "infer")
     try:
         from ragfleet.cli import main as ragfleet
-    except ModuleNotFoundError as error:
+
+        return ragfleet(arguments)
+    except ModuleNotFoundError as error:  # ragfleet imports what it needs when it needs it
         package = str(error.name)
         if package.startswith("ragfleet"):
             raise
         sys.stderr.write(MISSING.format(package=package, python=sys.executable, root=ROOT))
         return 2
-    arguments = list(argv)
-    arguments.insert(0, "infer")
-    return ragfleet(arguments)
 
 
 if __name__ == "__main__":

@@ -213,10 +213,10 @@ if [[ -n ${DRY_RUN:-} ]]; then
   echo
   exit 0
 fi
-if [[ ${origin[MODEL_PATH]} == script && $ENGINE != echo && ! -d $MODEL_PATH ]]; then
-  if [[ $INFERENCE_TYPE == local ]]; then
+if [[ ${origin[MODEL_PATH]} == script && $ENGINE != echo ]]; then
+  [[ $INFERENCE_TYPE == local ]] ||
+    die "INFERENCE_TYPE=$INFERENCE_TYPE needs a MODEL_PATH: the id of a Hub model"
+  [[ -d $MODEL_PATH ]] ||
     die "there is no model at $MODEL_PATH yet: run \`make demo\` in $root, or set MODEL_PATH"
-  fi
-  die "INFERENCE_TYPE=$INFERENCE_TYPE needs a MODEL_PATH: the id of a Hub model"
 fi
 exec "${command[@]}"

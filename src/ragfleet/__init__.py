@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from ragfleet.config import RunConfig as RunConfig
     from ragfleet.engines.query_based import QueryBasedInference as QueryBasedInference
     from ragfleet.errors import RagfleetError as RagfleetError
-    from ragfleet.run import run as run
+    from ragfleet.runner import run as run
     from ragfleet.summary import RunSummary as RunSummary
 
 __version__ = "1.4.0"
@@ -27,7 +27,7 @@ _HOMES = {
     "RagfleetError": "ragfleet.errors",
     "RunConfig": "ragfleet.config",
     "RunSummary": "ragfleet.summary",
-    "run": "ragfleet.run",
+    "run": "ragfleet.runner",
 }
 
 __all__ = ["QueryBasedInference", "RagfleetError", "RunConfig", "RunSummary", "__version__", "run"]

@@ -74,7 +74,7 @@ def _infer(arguments: list[str]) -> int:
         return 0
     from ragfleet.monitor.console import Console
     from ragfleet.monitor.statistics import full_text
-    from ragfleet.run import run
+    from ragfleet.runner import run
 
     with Console() as console:
         summary = run(config, console)

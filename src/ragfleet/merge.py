@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, BinaryIO, Final
 
 import msgspec
 import numpy as np
@@ -36,6 +36,7 @@ from ragfleet.summary import MergeStatistics, WorkerStatistics
 
 _BLOCK: Final = 1 << 15
 _BUFFER_BYTES: Final = 1 << 20
+_SHARD_BUFFER_BYTES: Final = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,8 @@ def write_results(
 
 def merged_rows(job: MergeJob, statistics: MergeStatistics) -> Iterator[bytes]:
     """The output's lines in input order, counted into `statistics` as they come."""
-    shards = [os.open(path, os.O_RDONLY | os.O_CLOEXEC) for path in job.winners.paths]
+    # A worker's answers stand nearly in input order, so most reads are in a buffer already.
+    shards = [open(path, "rb", buffering=_SHARD_BUFFER_BYTES) for path in job.winners.paths]
     by_shard = _workers(job.winners.paths, statistics)
     try:
         with open(job.contexts_file, "rb", buffering=_BUFFER_BYTES) as file:
@@ -102,8 +104,8 @@ def merged_rows(job: MergeJob, statistics: MergeStatistics) -> Iterator[bytes]:
                     rows = slice(start, min(start + _BLOCK, part.stop))
                     yield from _block(job, rows, file, shards, by_shard, statistics)
     finally:
-        for fd in shards:
-            os.close(fd)
+        for shard in shards:
+            shard.close()
 
 
 def _workers(paths: Sequence[Path], statistics: MergeStatistics) -> list[WorkerStatistics]:
@@ -119,19 +121,32 @@ def _block(
     job: MergeJob,
     rows: slice,
     file: Any,
-    shards: list[int],
+    shards: list[BinaryIO],
     by_shard: list[WorkerStatistics],
     statistics: MergeStatistics,
 ) -> Iterator[bytes]:
     records = job.records[rows]
     leaders = job.records[records["leader"]]
     found = job.winners.find(leaders["key_hi"], leaders["key_lo"])
-    answers = job.winners.answers
+    answers = job.winners.answers[np.maximum(found, 0)] if len(job.winners.answers) else None
+    places = (
+        []
+        if answers is None
+        else list(
+            zip(
+                answers["shard"].tolist(),
+                answers["offset"].tolist(),
+                answers["length"].tolist(),
+                strict=True,
+            )
+        )
+    )
+    positions = [-1] * len(shards)
     line_hash = xxhash.xxh3_64_intdigest
     answer: Answered | None
     position = -1
-    for row, (offset, hash_, _, _, length, line_no, leader, kind), where in zip(
-        range(rows.start, rows.stop), records.tolist(), found.tolist(), strict=True
+    for place, (row, (offset, hash_, _, _, length, line_no, leader, kind), where) in enumerate(
+        zip(range(rows.start, rows.stop), records.tolist(), found.tolist(), strict=True)
     ):
         if position != offset:
             file.seek(offset)
@@ -148,16 +163,14 @@ def _block(
             statistics.missing += 1
             answer = None
         else:
-            shard, length_, offset_ = _location(answers[where])
-            answer = from_shard(parse_shard_row(os.pread(shards[shard], length_, offset_)))
+            shard, shard_offset, shard_length = places[place]
+            if positions[shard] != shard_offset:
+                shards[shard].seek(shard_offset)
+            positions[shard] = shard_offset + shard_length
+            answer = from_shard(parse_shard_row(shards[shard].read(shard_length)))
             _count(statistics, answer, by_shard[shard] if leader == row else None)
         if answer is not None:
             yield _row(line, line_no, answer, job.include_context)
-
-
-def _location(answer: np.void) -> tuple[int, int, int]:
-    _, _, _, offset, length, shard, _, _ = answer.item()
-    return shard, length, offset
 
 
 def _not_sent(

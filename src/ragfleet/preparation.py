@@ -80,7 +80,7 @@ def prepare(
         gpus_per_worker=None if engine == "echo" else config.gpus_per_worker,
         gpu_pick=config.gpu_pick,
         device="cpu" if engine == "echo" else config.device,
-        needed_bytes=weight_bytes(model_dir),
+        needed_bytes=needed_bytes(model_dir),
     )
     precision = resolve_precision(config, model_dir, allocation.gpus_per_worker > 0)
     run_file = None if config.overwrite else read_run_file(paths)
@@ -196,11 +196,12 @@ def find_model(config: RunConfig) -> Path | None:
     return folder
 
 
-def weight_bytes(model_dir: Path | None) -> int | None:
-    """Size of the weights, the least a worker's GPUs must have free."""
+def needed_bytes(model_dir: Path | None) -> int | None:
+    """Memory a worker's GPUs must have free: the weights, a fifth more, and 1 GiB to work in."""
     if model_dir is None:
         return None
-    return sum(path.stat().st_size for path in model_dir.glob("*.safetensors")) or None
+    weights = sum(path.stat().st_size for path in model_dir.glob("*.safetensors"))
+    return int(1.2 * weights) + (1 << 30) if weights else None
 
 
 def resolve_precision(

@@ -9,13 +9,15 @@ from __future__ import annotations
 import os
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import xxhash
+from msgspec import Raw
+from numpy.typing import NDArray
 
 from ragfleet.beats import Observer, read_beats
 from ragfleet.claims import Claim, ClaimStore, Holder, Leave, Wait, decide
@@ -34,17 +36,17 @@ from ragfleet.launch import Launch, LaunchPaths, read_work
 from ragfleet.pulse import Counters, Pulse
 from ragfleet.records import (
     Answered,
-    Head,
     LazyRecord,
     encode_value,
     failed,
-    parse_fields,
-    parse_head,
+    microseconds,
+    parse_sent,
     result_row,
 )
 from ragfleet.shards import ShardWriter, finished_keys
 
 _IDLE_POLL_S: Final = 0.2
+_READ_BYTES: Final = 1 << 18
 _STEP_S: Final = 1.0
 _BLOCKING_TIMEOUT_S: Final = 600.0
 _BREAKER: Final = 32
@@ -56,8 +58,8 @@ class _Chunk:
     """A claimed chunk; `outstanding` requests are fed but not yet in the shard."""
 
     number: int
-    rows: Iterator[tuple[int, int, int, int, int, bytes]]
-    """(index row, offset, length, line hash, line number, key)"""
+    rows: Iterator[tuple[int, bytes, int, int, bytes]]
+    """(index row, line, line hash, line number, key)"""
     skip: set[bytes]
     """Keys that an earlier holder finished."""
     outstanding: int = 0
@@ -69,7 +71,7 @@ class _Item:
     """One request on its way."""
 
     request: Request
-    line: bytes
+    fields: Mapping[str, Raw]
     row: int
     line_no: int
     chunk: _Chunk
@@ -215,8 +217,7 @@ class Worker:
             number=claim.chunk,
             rows=zip(
                 rows.tolist(),
-                records["offset"].tolist(),
-                records["length"].tolist(),
+                read_lines(self.input_fd, records["offset"], records["length"]),
                 records["line_hash"].tolist(),
                 records["line_no"].tolist(),
                 [keys[i : i + 16] for i in range(0, len(keys), 16)],
@@ -261,31 +262,30 @@ class Worker:
         self,
         chunk: _Chunk,
         row: int,
-        offset: int,
-        length: int,
-        hash_: int,
+        line: bytes,
+        line_hash: int,
         line_no: int,
         key: bytes,
     ) -> _Item | None:
         """Read, check and render one record; None when it is finished without being sent."""
         if key in chunk.skip:
             return None
-        line = os.pread(self.input_fd, length, offset)
-        head = parse_head(line)
-        if xxhash.xxh3_64_intdigest(line) != hash_ or type(head) is not Head:
+        if xxhash.xxh3_64_intdigest(line) != line_hash:
             raise InputChanged(
                 f"{self.launch.contexts_file} was edited during the run (line {line_no}). What is"
                 " finished is safe; run the same command again."
             )
+        # The hash says that these are the bytes the planner found valid and made the key from.
+        fields, query, context, method = parse_sent(line)
         request = Request(
             key=key,
-            query=head.query,
-            context=head.context,
-            retrieval_method=head.retrieval_method,
+            query=query,
+            context=context,
+            retrieval_method=method,
             record=LazyRecord(line),
             seed=self.seed_of(key),
         )
-        item = _Item(request, line, row, line_no, chunk)
+        item = _Item(request, fields, row, line_no, chunk)
         chunk.outstanding += 1
         if row in self.board.timed_out:
             self.fail(item, self.timeout_of(item), self.timeout_s)
@@ -333,7 +333,7 @@ class Worker:
     def finish(self, outcome: Outcome) -> None:
         """Append one outcome, or send its request again."""
         item = self._in_flight.pop(outcome.key)
-        inference_time = round(time.monotonic() - item.started_s, 6)
+        inference_time = microseconds(time.monotonic() - item.started_s)
         if isinstance(outcome, Completion):
             if self._is_first:
                 self._is_first = False
@@ -386,7 +386,7 @@ class Worker:
         key = item.request.key.hex().encode()
         self.shard.append(
             result_row(
-                parse_fields(item.line),
+                item.fields,
                 f"line:{item.line_no}",
                 answered,
                 include_context=self.launch.include_context,
@@ -411,6 +411,23 @@ class Worker:
             finish_reason=completion.finish_reason,
             seconds=seconds,
         )
+
+
+def read_lines(fd: int, offsets: NDArray[Any], lengths: NDArray[Any]) -> Iterator[bytes]:
+    """Lines at these places of a file; neighbours are read together, `_READ_BYTES` at a time."""
+    ends = offsets + lengths
+    starts_run = np.r_[True, ends[:-1] != offsets[1:]] if len(offsets) else np.zeros(0, bool)
+    runs = np.flatnonzero(starts_run).tolist()
+    for first, after in zip(runs, [*runs[1:], len(offsets)], strict=True):
+        while first < after:
+            begin = int(offsets[first])
+            stop = first + max(1, int(np.searchsorted(ends[first:after], begin + _READ_BYTES)))
+            block = os.pread(fd, int(ends[stop - 1]) - begin, begin)
+            position = 0
+            for length in lengths[first:stop].tolist():
+                yield block[position : position + length]
+                position += length
+            first = stop
 
 
 def completed(item: _Item, completion: Completion, inference_time: float, rank: int) -> Answered:

@@ -15,6 +15,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from ragfleet.engines.protocol import (
     Completion,
     Engine,
@@ -148,7 +150,7 @@ class QueryBasedEngine:
         if self._inner is None:
             self._start_inner()
         assert self._inner is not None
-        request = dataclasses.replace(
+        request = msgspec.structs.replace(
             state.request,
             query=query,
             context=context,
@@ -173,7 +175,7 @@ class QueryBasedEngine:
         except asyncio.CancelledError:
             return _failed(key, "generate_answer was cancelled")
         except AnswerFailed as error:
-            return dataclasses.replace(error.failure, key=key)
+            return msgspec.structs.replace(error.failure, key=key)
         except (Exception, SystemExit) as error:  # user's code: any exception is a failure row
             if self._dead is not None:
                 raise self._dead from error

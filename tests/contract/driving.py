@@ -13,14 +13,18 @@ Make = Callable[..., Engine]
 
 
 def ask(
-    number: int, query: str = "What is it?", context: str = "A text.", seed: int | None = None
+    number: int,
+    query: str = "What is it?",
+    context: str = "A text.",
+    seed: int | None = None,
+    retrieval_method: str = "rag_fallback",
 ) -> Request:
     record = {"id": f"r-{number}", "query": query, "context": context}
     return Request(
         key=number.to_bytes(16, "big"),
         query=query,
         context=context,
-        retrieval_method="rag_fallback",
+        retrieval_method=retrieval_method,
         record=record,
         seed=seed,
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,12 +29,15 @@ NUM, NEW = 24, 12
 """Records, and tokens generated for each."""
 
 
-def examples() -> list[Request]:
+def examples(first_seed: int | None = None) -> list[Request]:
     """`NUM` requests of very different lengths."""
     return [
-        dataclasses.replace(
-            ask(number, record["query"], record["context"]),
-            retrieval_method=record["retrieval_method"],
+        ask(
+            number,
+            record["query"],
+            record["context"],
+            None if first_seed is None else first_seed + number,
+            record["retrieval_method"],
         )
         for number, record in enumerate(example_records(NUM))
     ]
@@ -144,16 +146,12 @@ def test_what_generation_config_sets_is_named_and_not_applied(
 # ---- sampling ---------------------------------------------------------------------------------
 
 
-def seeded(count: int) -> list[Request]:
-    return [dataclasses.replace(r, seed=1000 + i) for i, r in enumerate(examples()[:count])]
-
-
 def test_draws_do_not_depend_on_batches_or_order(start: Make) -> None:
     settings = {"temperature": 0.9, "top_p": 0.9, "max_new_tokens": NEW}
-    alone = completions(start(batch_size=1, **settings), seeded(12))
-    together = completions(start(batch_size=4, **settings), seeded(12)[::-1])[::-1]
+    alone = completions(start(batch_size=1, **settings), examples(1000)[:12])
+    together = completions(start(batch_size=4, **settings), examples(1000)[11::-1])[::-1]
     assert [a.token_ids for a in alone] == [b.token_ids for b in together]
-    other_seeds = [dataclasses.replace(r, seed=r.seed + 1) for r in seeded(12) if r.seed]
+    other_seeds = examples(2000)[:12]
     assert [a.token_ids for a in completions(start(**settings), other_seeds)] != [
         a.token_ids for a in alone
     ]
@@ -188,7 +186,7 @@ def test_draws_follow_the_distribution(temperature: float, top_p: float) -> None
 
 
 def test_a_tiny_temperature_is_greedy(start: Make, expected: list[list[int]]) -> None:
-    answers = completions(start(temperature=1e-30, max_new_tokens=NEW), seeded(4))
+    answers = completions(start(temperature=1e-30, max_new_tokens=NEW), examples(1000)[:4])
     assert [list(answer.token_ids) for answer in answers] == expected[:4]
 
 

@@ -1,8 +1,7 @@
 """ragfleet: offline batch inference for retrieval-augmented generation.
 
-    from ragfleet import RunConfig, run
-    summary = run(RunConfig(contexts_file="contexts.jsonl", output_file="results.jsonl", model_path="…"))
-    for row in summary.results():
+    from ragfleet import RunConfig, run summary = run(RunConfig(contexts_file="contexts.jsonl",
+    output_file="results.jsonl", model_path="…")) for row in summary.results():
         ...
 
 Names are loaded when they are first used, so that `import ragfleet` stays instant.

@@ -1,7 +1,7 @@
 """Heartbeats: what each worker says of itself once a second, and who is believed to be alive.
 
-A beat only copies progress; it never makes any. `Observer` judges by the observer's own monotonic clock,
-so clocks of machines need not agree.
+A beat only copies progress; it never makes any. `Observer` judges by the observer's own monotonic
+clock, so clocks of machines need not agree.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import msgspec
 
 BEAT_S: Final = 1.0
 BEAT_TIMEOUT_S: Final = 10.0
-"""Silence after which an owner counts as gone: a loaded machine can hold a thread back for seconds, and a
+"""Silence after which an owner counts as gone. A loaded machine can hold a thread back, and a
 false death only costs work. A reaped process is known to be gone at once (`ClaimStore.bury`)."""
 NETWORK_EXTRA_S: Final = 60.0
 """Added on network file systems, whose attribute caches may show old files for that long."""

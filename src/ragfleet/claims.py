@@ -1,15 +1,14 @@
 """Claims: who works on which chunk. They only save work; they never decide what is correct.
 
-`decide` is a pure state machine: what the board shows and who is alive in, one instruction out, with no
-clock, disk or network. `ClaimStore` is its thin file store: names an operator can `ls -l`, never
-unlinked. A claim is a symbolic link that points nowhere: it is created exclusively and together with
-its contents, so nobody can see, or leave behind, a claim without an owner.
+`decide` is a pure state machine: what the board shows and who is alive in, one instruction out,
+with no clock, disk or network. `ClaimStore` is its thin file store: names an operator can `ls -l`,
+never unlinked. A claim is a symbolic link that points nowhere: it is created exclusively and
+together with its contents, so nobody can see, or leave behind, a claim without an owner.
 
-    0000012.g0 -> 3.0:81920:results_rank3.jsonl   first claim of chunk 12; the highest generation owns
-    0000012.g1        taken over after its owner died
-    0000012.done      every request of it has an outcome in some shard
-    dead.3.0          worker 3's first process is gone (written by whoever reaped it)
-    timeout.4711      the record of index row 4711 blocked its engine for too long
+    0000012.g0 -> 3.0:81920:results_rank3.jsonl   first claim of chunk 12; the highest generation
+    owns 0000012.g1        taken over after its owner died 0000012.done      every request of it has
+    an outcome in some shard dead.3.0          worker 3's first process is gone (written by whoever
+    reaped it) timeout.4711      the record of index row 4711 blocked its engine for too long
 """
 
 from __future__ import annotations
@@ -78,8 +77,8 @@ def decide(
 ) -> Claim | Wait | Leave:
     """The next thing a worker with room should do.
 
-    Own slice first, in order; then, if it may steal, the slice with the most unclaimed cost; then what
-    dead owners left behind, whoever's slice it is.
+    Own slice first, in order; then, if it may steal, the slice with the most unclaimed cost; then
+    what dead owners left behind, whoever's slice it is.
     """
     if len(board.done) == len(board.costs):
         return Leave()

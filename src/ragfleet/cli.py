@@ -1,7 +1,7 @@
 """The command line: `ragfleet infer | plan | show | status | merge`.
 
-Owns argument parsing, exit codes and what is printed. Start-up stays instant: each command imports what it
-needs when it runs.
+Owns argument parsing, exit codes and what is printed. Start-up stays instant: each command imports
+what it needs when it runs.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ the command line win.
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns its exit code: 0, 1 run failed, 2 usage, 3 failed rows, 128 + signal."""
+    """Run one command; 0, or 1 run failed, 2 usage, 3 failed rows, 128 + signal."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):

@@ -29,8 +29,8 @@ FailedContexts = Literal["row", "drop"]
 class RunConfig:
     """Settings of one run: contexts in, answers out.
 
-    What an answer depends on is the run's identity (`ragfleet.identity`): a start that changes it is
-    another run. All else may change between a start and its resume.
+    What an answer depends on is the run's identity (`ragfleet.identity`): a start that changes it
+    is another run. All else may change between a start and its resume.
     """
 
     contexts_file: Path
@@ -53,7 +53,8 @@ class RunConfig:
     """Print debug lines, and tracebacks of unexpected errors."""
 
     engine: EngineName = "auto"
-    """What generates: transformers, or echo (no model: repeats the query; for tests and overhead)."""
+    """What generates: transformers, or echo (no model: repeats the query; for tests and overhead).
+    """
     num_workers: int | None = None
     """Number of worker processes (empty: 1; under torchrun its world size)."""
     total_gpus: int | None = None

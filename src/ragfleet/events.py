@@ -15,8 +15,8 @@ import msgspec
 class Event(msgspec.Struct, frozen=True):
     """One thing that happened.
 
-    Kinds from a worker: loading, ready, first (first answer), failure (first of its kind), note, fatal.
-    Kinds from a run: header, note, progress, died, gave_up, interrupted, merging, summary.
+    Kinds from a worker: loading, ready, first (first answer), failure (first of its kind), note,
+    fatal. Kinds from a run: header, note, progress, died, gave_up, interrupted, merging, summary.
     """
 
     kind: str

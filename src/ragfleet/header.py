@@ -25,7 +25,8 @@ def header_lines(
         _row(
             "Output",
             f"{config.output_file} (written at the end), shards beside it:"
-            f" {config.output_file.stem}_rank*.jsonl; logs: {preparation.paths.directory.name}/logs",
+            f" {config.output_file.stem}_rank*.jsonl;"
+            f" logs: {preparation.paths.directory.name}/logs",
         ),
     ]
     notes = list(preparation.notes)

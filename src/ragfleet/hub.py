@@ -1,7 +1,7 @@
 """A Hugging Face Hub model as a local folder: downloaded once per machine, before workers start.
 
-Owns which files are wanted and what a failed download means for a user. HF_ENDPOINT, HF_HUB_OFFLINE, HF_HOME
-and HF_TOKEN are honoured by huggingface_hub itself.
+Owns which files are wanted and what a failed download means for a user. HF_ENDPOINT,
+HF_HUB_OFFLINE, HF_HOME and HF_TOKEN are honoured by huggingface_hub itself.
 """
 
 from __future__ import annotations

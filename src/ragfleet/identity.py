@@ -1,8 +1,9 @@
 """What a run's answers depend on, and whether a start may go on with an earlier one's.
 
-Owns `run_key` and `run.json`. In: texts of prompts, sampling, precision, the model's bytes, the user's class,
-and the clock where the chat template prints it. Not in: where files are, workers, launchers, devices and batch
-sizes, for a run is resumed on another machine, with other workers, from another mount.
+Owns `run_key` and `run.json`. In: texts of prompts, sampling, precision, the model's bytes, the
+user's class, and the clock where the chat template prints it. Not in: where files are, workers,
+launchers, devices and batch sizes, for a run is resumed on another machine, with other workers,
+from another mount.
 """
 
 from __future__ import annotations
@@ -87,7 +88,7 @@ class Identity:
 
 
 def model_parts(model_dir: Path) -> dict[str, Any]:
-    """Fingerprint of a model folder: config, tokenizer, and the weights' headers, sizes and samples.
+    """Fingerprint of a model folder: config, tokenizer, the weights' headers, sizes and samples.
 
     Headers and sizes are equal for all checkpoints of one fine-tune, so up to 1,024 tensors, evenly
     chosen, also give 256 bytes from their middle. It never reads a path or a time.

@@ -1,7 +1,7 @@
 """The one streaming pass over the input: where each record is, its key, its prefix group, its size.
 
-Owns the in-memory index of a contexts file (48 bytes a record) and the file-level complaints. It keeps no
-text: whoever needs a record reads it again at its offset and compares the line's hash.
+Owns the in-memory index of a contexts file (48 bytes a record) and the file-level complaints. It
+keeps no text: whoever needs a record reads it again at its offset and compares the line's hash.
 """
 
 from __future__ import annotations
@@ -70,10 +70,10 @@ class Index:
     """All records of one contexts file.
 
     Attributes:
-        records: [num_records] of RECORD. Keys are those of the line alone: `plan` tells repeats apart.
-        grouping: [num_records] of GROUPING.
-        num_missing_ids: records without an id, which are called line:<n>.
-        first_invalid: (line number, reason) of the first invalid lines, at most ten.
+        records: [num_records] of RECORD. Keys are those of the line alone: `plan` tells repeats
+        apart. grouping: [num_records] of GROUPING. num_missing_ids: records without an id, which
+        are called line:<n>. first_invalid: (line number, reason) of the first invalid lines, at
+        most ten.
     """
 
     path: Path

@@ -1,4 +1,4 @@
-"""Looking at a run without running it: its plan, one prompt, its state, a merge of what is finished.
+"""Looking at a run without running it: its plan, one prompt, its state, a merge of its shards.
 
 Nothing here loads a model, torch included.
 """
@@ -53,7 +53,7 @@ def plan_lines(config: RunConfig) -> list[str]:
             f" ({costs[worker] / total_cost:.1%} of the cost)"
         )
     if len(plan.order):
-        bound = plan.lower_bound_cost / max(max(costs), 1e-9)
+        bound = plan.lower_bound_cost / max(*costs, 1e-9)
         lines.append(
             f"Balance   the busiest slice is planned within {1 / bound - 1:.1%} of the lower bound"
             " (before any stealing)"
@@ -183,7 +183,7 @@ def merge_now(options: MergeOptions) -> str:
         sendable = indexed.index.records["kind"] == Kind.SEND
         return (
             f"{statistics.rows:,} of {indexed.num_selected:,} selected lines → {target}"
-            f" ({statistics.missing:,} of {int(sendable.sum()):,} sendable lines have no answer yet)"
+            f" ({statistics.missing:,} of {int(sendable.sum()):,} lines to be answered are not yet)"
         )
     if missing:
         raise WorkersFailed(

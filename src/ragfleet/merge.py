@@ -1,8 +1,8 @@
 """Shards ⋈ input order → results: one row per selected record, whatever order answers came in.
 
-A pure function of the input, the shards and the selection: run it twice, or over shards in another order,
-and the same bytes come out. Metadata come from the input line, only the answer and its figures from the
-shard. Nothing replaces the output before every row is written and synced.
+A pure function of the input, the shards and the selection: run it twice, or over shards in another
+order, and the same bytes come out. Metadata come from the input line, only the answer and its
+figures from the shard. Nothing replaces the output before every row is written and synced.
 """
 
 from __future__ import annotations
@@ -95,17 +95,17 @@ def write_results(
 def merged_rows(job: MergeJob, statistics: MergeStatistics) -> Iterator[bytes]:
     """The output's lines in input order, counted into `statistics` as they come."""
     # A worker's answers stand nearly in input order, so most reads are in a buffer already.
-    shards = [open(path, "rb", buffering=_SHARD_BUFFER_BYTES) for path in job.winners.paths]
     by_shard = _workers(job.winners.paths, statistics)
-    try:
-        with open(job.contexts_file, "rb", buffering=_BUFFER_BYTES) as file:
-            for part in job.selected:
-                for start in range(part.start, part.stop, _BLOCK):
-                    rows = slice(start, min(start + _BLOCK, part.stop))
-                    yield from _block(job, rows, file, shards, by_shard, statistics)
-    finally:
-        for shard in shards:
-            shard.close()
+    with contextlib.ExitStack() as stack:
+        shards: list[BinaryIO] = [
+            stack.enter_context(open(path, "rb", buffering=_SHARD_BUFFER_BYTES))
+            for path in job.winners.paths
+        ]
+        file = stack.enter_context(open(job.contexts_file, "rb", buffering=_BUFFER_BYTES))
+        for part in job.selected:
+            for start in range(part.start, part.stop, _BLOCK):
+                rows = slice(start, min(start + _BLOCK, part.stop))
+                yield from _block(job, rows, file, shards, by_shard, statistics)
 
 
 def _workers(paths: Sequence[Path], statistics: MergeStatistics) -> list[WorkerStatistics]:

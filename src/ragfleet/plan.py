@@ -1,7 +1,7 @@
-"""Pure planning: which lines are selected, which requests they need, who answers them in which order.
+"""Pure planning: which lines are selected, which requests they need, who answers them when.
 
-Owns slices, leaders of duplicates, prefix groups and chunks. No clock, no disk, no model: arrays in,
-arrays out, so that a plan over millions of records can be tested and reasoned about.
+Owns slices, leaders of duplicates, prefix groups and chunks. No clock, no disk, no model: arrays
+in, arrays out, so that a plan over millions of records can be tested and reasoned about.
 """
 
 from __future__ import annotations
@@ -151,11 +151,12 @@ def plan_static(
 def plan_dynamic(
     requests: NDArray[np.bool_], grouping: NDArray[Any], num_workers: int, max_new_tokens: int
 ) -> Plan:
-    """Prefix groups kept together, cut into chunks of even cost, spread by longest processing time.
+    """Prefix groups kept together, cut into chunks of even cost, spread by LPT.
 
-    Groups stand in order of first appearance, which keeps reads of the input near each other. A group is
-    whole in one chunk unless it is larger than a chunk; then its prefix is counted once in each piece.
-    LPT is Graham's rule (SIAM J. Appl. Math. 17, 1969): the costliest chunk to the least loaded slice.
+    Groups stand in order of first appearance, which keeps reads of the input near each other. A
+    group is whole in one chunk unless it is larger than a chunk; then its prefix is counted once in
+    each piece. LPT is Graham's rule (SIAM J. Appl. Math. 17, 1969): the costliest chunk to the
+    least loaded slice.
     """
     rows = np.flatnonzero(requests)
     if not len(rows):

@@ -1,11 +1,10 @@
-"""The steps that `run`, `plan` and `merge` share: index, select, find leaders, find what is finished."""
+"""The steps that `run`, `plan` and `merge` share: index, select, lead, find what is finished."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import xxhash

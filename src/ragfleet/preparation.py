@@ -1,7 +1,7 @@
 """From a configuration to a start that can't fail for a reason known beforehand.
 
-Owns every check that costs nothing: paths, templates, model folder, precision, GPUs, an earlier run on the same
-output. Nothing is written here.
+Owns every check that costs nothing: paths, templates, model folder, precision, GPUs, an earlier run
+on the same output. Nothing is written here.
 """
 
 from __future__ import annotations

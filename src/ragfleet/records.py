@@ -1,8 +1,8 @@
 """Records and results: the two JSONL formats, their validation, and the key that joins them.
 
-Owns which fields exist, their order in a result, what makes an input line invalid, and `request_key`.
-It knows nothing of files, workers, prompts or models. Everything here runs once per record in a run of
-millions, so values that are only passed on stay the raw JSON bytes they came as.
+Owns which fields exist, their order in a result, what makes an input line invalid, and
+`request_key`. It knows nothing of files, workers, prompts or models. Everything here runs once per
+record in a run of millions, so values that are only passed on stay the raw JSON bytes they came as.
 """
 
 from __future__ import annotations
@@ -162,7 +162,7 @@ def _type_name(value: object) -> str:
 
 
 def parse_fields(line: bytes) -> dict[str, Raw]:
-    """All top-level fields as raw JSON. Raises msgspec.DecodeError where `parse_head` said invalid."""
+    """All top-level fields as raw JSON. Raises msgspec.DecodeError for an invalid line."""
     return _decode_fields(line)
 
 
@@ -219,8 +219,8 @@ _pack_lengths = struct.Struct("<4q").pack
 class Keyer:
     """Computes request keys: `xxh3_128(run_key, query, context, other fields, method, sample)`.
 
-    Each part is preceded by its length, so no two different records read as the same bytes. Neither a
-    tokenizer nor a template is needed, so planning costs no model.
+    Each part is preceded by its length, so no two different records read as the same bytes. Neither
+    a tokenizer nor a template is needed, so planning costs no model.
 
     Args:
         run_key: 16 bytes that cover everything the run as a whole fixes.
@@ -267,7 +267,7 @@ def repeat_key(key: RequestKey, occurrence: int) -> RequestKey:
 
 
 def normalise_json(value: Raw | bytes) -> bytes:
-    """The same JSON value in one spelling; a number out of a float's range stays as it is written."""
+    """The same JSON value in one spelling; a number out of range stays as it is written."""
     try:
         return _encode(_decode_any(value))
     except msgspec.DecodeError:

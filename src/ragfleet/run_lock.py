@@ -1,7 +1,7 @@
 """One process plans and merges an output at a time.
 
-An flock on `results.run/lock`. Workers inherit the descriptor, so the lock lives until the last of them is
-gone, even when the process that took it was killed: two runs never hold the GPUs at once.
+An flock on `results.run/lock`. Workers inherit the descriptor, so the lock lives until the last of
+them is gone, even when the process that took it was killed: two runs never hold the GPUs at once.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """The composition root: configuration → plan → workers → merge → summary.
 
-The command line and Python both call `run`; what happens meanwhile goes to an `on_event` callable, so nothing
-here prints. Under torchrun, rank 0 does all of it for everybody and the other ranks only watch their worker.
+The command line and Python both call `run`; what happens meanwhile goes to an `on_event` callable,
+so nothing here prints. Under torchrun, rank 0 does all of it for everybody and the other ranks only
+watch their worker.
 """
 
 from __future__ import annotations
@@ -151,7 +152,7 @@ class _Run:
         check_truncation(run_file, truncation, paths.output_file)
 
     def already_removed(self, preparation: Preparation, indexed: Indexed) -> RunSummary | None:
-        """The stored summary of a merged run whose shards were removed; None where there are any."""
+        """The stored summary of a merged run whose shards were removed, else None."""
         merged = preparation.run_file.merged if preparation.run_file else None
         if not merged or not merged.get("shards_removed"):
             return None

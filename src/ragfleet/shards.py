@@ -1,7 +1,7 @@
 """Shards: the append-only results files that are the only truth of a run.
 
-Owns their names, the single writer of each, the tolerant reader, and the rule that picks one answer per key.
-It knows nothing of plans or claims: what a shard says holds whoever planned it.
+Owns their names, the single writer of each, the tolerant reader, and the rule that picks one answer
+per key. It knows nothing of plans or claims: what a shard says holds whoever planned it.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ class ShardWriter:
         return self.path
 
     def append(self, row: bytes) -> None:
-        """Write one line at once. A line that does not fit on the disk is torn, and readers skip it."""
+        """Write one line at once. A line that does not fit on the disk is torn; readers skip it."""
         with self._lock:
             self.append_locked(row)
 
@@ -243,8 +243,8 @@ class Winners:
 def choose(index: ShardIndex) -> Winners:
     """Pick the line that counts for each key, whatever order the shards are read in.
 
-    Success beats failure; among successes the least (finished_at_ns, shard, offset), among failures the
-    latest. So merging is idempotent, and a retry only ever appends.
+    Success beats failure; among successes the least (finished_at_ns, shard, offset), among failures
+    the latest. So merging is idempotent, and a retry only ever appends.
     """
     answers = index.answers
     order = np.lexsort((answers["key_lo"], answers["key_hi"]))

@@ -1,4 +1,4 @@
-"""What a run comes to: counts that add up, per worker and in all. Data only; printing is monitor's."""
+"""What a run comes to: counts that add up, per worker and in all. Printing is monitor's."""
 
 from __future__ import annotations
 
@@ -32,7 +32,10 @@ class WorkerStatistics:
 
 @dataclass(slots=True)
 class MergeStatistics:
-    """What stands in the output: `rows == succeeded + failed == generated + duplicates + not_sent`."""
+    """What stands in the output.
+
+    `rows == succeeded + failed == generated + duplicates + not_sent`.
+    """
 
     rows: int = 0
     succeeded: int = 0

@@ -1,7 +1,7 @@
 """One worker: claims chunks, feeds its engine, appends what finishes. The loop is `Worker.run`.
 
-Owns what happens to a request between its record and its line in the shard. It knows other workers only
-by their claims and beats, and nothing of how it was started (`worker_main`).
+Owns what happens to a request between its record and its line in the shard. It knows other workers
+only by their claims and beats, and nothing of how it was started (`worker_main`).
 """
 
 from __future__ import annotations
@@ -306,7 +306,7 @@ class Worker:
         return None if seed is None else xxhash.xxh3_64_intdigest(key, seed=seed % 2**64)
 
     def expire(self, info: EngineInfo) -> None:
-        """Give up on requests that took too long. One that blocks `step` is the launcher's to end."""
+        """Give up on requests that took too long. One that blocks `step` the launcher ends."""
         if self.timeout_s is not None and not info.may_block:
             too_old = time.monotonic() - self.timeout_s
             for item in [item for item in self._in_flight.values() if item.started_s < too_old]:
@@ -419,15 +419,16 @@ def read_lines(fd: int, offsets: NDArray[Any], lengths: NDArray[Any]) -> Iterato
     starts_run = np.r_[True, ends[:-1] != offsets[1:]] if len(offsets) else np.zeros(0, bool)
     runs = np.flatnonzero(starts_run).tolist()
     for first, after in zip(runs, [*runs[1:], len(offsets)], strict=True):
-        while first < after:
-            begin = int(offsets[first])
-            stop = first + max(1, int(np.searchsorted(ends[first:after], begin + _READ_BYTES)))
+        at = first
+        while at < after:
+            begin = int(offsets[at])
+            stop = at + max(1, int(np.searchsorted(ends[at:after], begin + _READ_BYTES)))
             block = os.pread(fd, int(ends[stop - 1]) - begin, begin)
             position = 0
-            for length in lengths[first:stop].tolist():
+            for length in lengths[at:stop].tolist():
                 yield block[position : position + length]
                 position += length
-            first = stop
+            at = stop
 
 
 def completed(item: _Item, completion: Completion, inference_time: float, rank: int) -> Answered:

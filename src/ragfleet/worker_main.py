@@ -1,6 +1,7 @@
 """The worker process from its first instruction to its exit code.
 
-    python -m ragfleet.worker_main LAUNCH_DIR RANK INCARNATION NUM_GPUS NUM_THREADS PARENT_PID EVENTS_FD
+    python -m ragfleet.worker_main LAUNCH_DIR RANK INCARNATION NUM_GPUS NUM_THREADS PARENT_PID
+    EVENTS_FD
 
 Started by `launchers.supervisor`, in a process group of its own, with its GPUs already set.
 """
@@ -49,7 +50,8 @@ def main(argv: list[str]) -> int:
     try:
         paths = LaunchPaths(Path(launch_dir))
         launch = read_launch(paths)
-        # Imported here: what a user's class or a library does at import belongs to the fatal report.
+        # Imported here: what a user's class or a library does at import belongs to the fatal
+        # report.
         from ragfleet.engines.make import make_engine
         from ragfleet.worker import Worker
 

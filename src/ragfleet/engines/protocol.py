@@ -98,7 +98,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Prepared(msgspec.Struct, frozen=True, kw_only=True):
-    """A request rendered and tokenised once. Engines without a tokenizer leave `token_ids` empty."""
+    """A request rendered and tokenised once; `token_ids` is empty where there is no tokenizer."""
 
     request: Request
     prompt: str

@@ -1,15 +1,17 @@
 """Starts workers, restarts the dead, passes signals on, and ends every process it started.
 
-One supervisor watches all workers of a machine (`ragfleet infer`), or exactly one under torchrun, where
-each rank is a supervisor of its own: so a dead worker is replaced alone, and its neighbours keep their
-models. It waits on process handles, pipes and signals; the tick only refreshes what is shown.
+One supervisor watches all workers of a machine (`ragfleet infer`), or exactly one under torchrun,
+where each rank is a supervisor of its own: so a dead worker is replaced alone, and its neighbours
+keep their models. It waits on process handles, pipes and signals; the tick only refreshes what is
+shown.
 
-Several supervisors of one launch talk through files in the launch's folder: `gave_up.<rank>` says that
-a worker will not be restarted again, `stop.json` that the whole run has to stop and why.
+Several supervisors of one launch talk through files in the launch's folder: `gave_up.<rank>` says
+that a worker will not be restarted again, `stop.json` that the whole run has to stop and why.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import selectors
 import signal
@@ -35,7 +37,8 @@ from ragfleet.launch import Launch, LaunchPaths, write_atomically
 
 TICK_S: Final = 0.5
 DRAIN_S: Final = 20.0
-"""From a signal to the kill. torchrun and Slurm kill after 30 s, and the last words take time too."""
+"""From a signal to the kill. torchrun and Slurm kill after 30 s, and the last words take time too.
+"""
 _FORCE_AFTER_S: Final = 2.0
 """Under torchrun one Ctrl-C arrives twice, so only a later one forces."""
 _TIMEOUT_GRACE_S: Final = 5.0
@@ -273,7 +276,7 @@ class Supervisor:
         process.popen.wait()
 
     def _end_if_blocked(self, process: _Process, now_s: float) -> None:
-        """A request that blocks its engine is ended with the worker, and fails when claimed again."""
+        """A request that blocks its engine is ended with the worker; it fails when claimed again."""
         limit_s, beat = process.blocked_after_s, process.beat
         if limit_s is None or beat is None or beat.oldest_row is None:
             return
@@ -346,10 +349,8 @@ def _error_from(name: str, message: str) -> RagfleetError:
 
 
 def _kill_group(pid: int) -> None:
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
 
 
 class _Signals:

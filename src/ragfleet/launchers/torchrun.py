@@ -1,8 +1,9 @@
 """What torchrun says to its processes, turned into our own words; and the environment without it.
 
-Each rank that torchrun starts becomes a supervisor of one worker process. Workers must not see torchrun's
-variables: `TORCHELASTIC_USE_AGENT_STORE` makes any private rendezvous in an engine hang, a stray RANK makes
-engines believe in a world that isn't theirs. torch itself is not needed, and no process group is made.
+Each rank that torchrun starts becomes a supervisor of one worker process. Workers must not see
+torchrun's variables: `TORCHELASTIC_USE_AGENT_STORE` makes any private rendezvous in an engine hang,
+a stray RANK makes engines believe in a world that isn't theirs. torch itself is not needed, and no
+process group is made.
 """
 
 from __future__ import annotations

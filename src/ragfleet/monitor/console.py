@@ -1,7 +1,7 @@
-"""What a person sees while a run goes on: a live line per worker on a terminal, few plain lines elsewhere.
+"""What a person sees while a run goes on: a line per worker on a terminal, few lines elsewhere.
 
-Progress goes to stderr, results of a command to stdout. Text that a model or a file brought is stripped of
-control characters, and a terminal that is gone never stops a run.
+Progress goes to stderr, results of a command to stdout. Text that a model or a file brought is
+stripped of control characters, and a terminal that is gone never stops a run.
 """
 
 from __future__ import annotations

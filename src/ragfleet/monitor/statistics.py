@@ -1,4 +1,4 @@
-"""The figures of a finished run as text: one documented block per worker, one in all, one verdict."""
+"""The figures of a finished run as text: a documented block per worker, one in all, a verdict."""
 
 from __future__ import annotations
 
@@ -77,7 +77,8 @@ def verdict(summary: RunSummary) -> str:
             f" answered → {summary.output_file}"
         )
     return (
-        f"FINISHED WITH {statistics.failed:,} FAILURES of {summary.num_selected:,} selected{of_all}:"
+        f"FINISHED WITH {statistics.failed:,} FAILURES of {summary.num_selected:,} selected"
+        f"{of_all}:"
         f" {_kinds(statistics.errors)} → {summary.output_file}"
         " (--retry_failed generates failed requests again)"
     )

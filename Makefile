@@ -4,8 +4,7 @@
 # make clean   remove what these targets made, except .venv
 #
 # PYTHON is the interpreter that .venv is made with:  make demo PYTHON=python3.12
-# pip's own settings apply, e.g. PIP_INDEX_URL, or for a torch without CUDA
-# PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make demo
+# pip's own settings apply (PIP_INDEX_URL and the like).
 
 PYTHON ?= python3
 # The CPU, so that the demo is the same on every machine; DEMO_DEVICE=auto takes free GPUs.
@@ -47,6 +46,7 @@ lint: $(TEST)
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 	.venv/bin/lint-imports
+	$(PY) tools/make_cli_docs.py --check
 	.venv/bin/shellcheck .ci/run $(INFER)/*.sh
 
 clean:

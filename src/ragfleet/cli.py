@@ -63,6 +63,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except RagfleetError as error:
         _report(error, arguments)
         return error.exit_code
+    except KeyboardInterrupt:
+        print("\nragfleet: interrupted; what is finished is safe.", file=sys.stderr)
+        return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
@@ -76,7 +79,7 @@ def _infer(arguments: list[str]) -> int:
     from ragfleet.monitor.statistics import full_text
     from ragfleet.runner import run
 
-    with Console() as console:
+    with Console(verbose=config.verbose) as console:
         summary = run(config, console)
     if summary is None:  # a torchrun rank above 0: rank 0 tells
         return 0
@@ -287,6 +290,8 @@ def resume_command(arguments: Sequence[str]) -> str:
     """The command that goes on with this run: the same one, without --overwrite."""
     rest = [text for text in arguments[1:] if text not in ("--overwrite", "--no_overwrite")]
     script = sys.argv[0] if sys.argv and sys.argv[0].endswith(".py") else None
+    if script is not None and Path(script).name == "__main__.py":
+        script = None
     if "TORCHELASTIC_RUN_ID" in os.environ:
         processes = os.environ.get("LOCAL_WORLD_SIZE", "1")
         words = ["torchrun", "--standalone", f"--nproc_per_node={processes}"]

@@ -50,7 +50,7 @@ class RunConfig:
     max_samples_per_worker: int | None = None
     """Answer only the first so many lines of each worker's even, contiguous share (empty: all)."""
     verbose: bool = False
-    """Print debug lines, and tracebacks of unexpected errors."""
+    """Show when each step began and all notes, log claims, print tracebacks of errors."""
 
     engine: EngineName = "auto"
     """What generates: transformers, or echo (no model: repeats the query; for tests and overhead).

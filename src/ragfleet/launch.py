@@ -63,6 +63,9 @@ class Launch(msgspec.Struct, frozen=True, kw_only=True):
     seed: int | None
     include_context: bool
     num_workers: int
+    num_started: int
+    """Workers that are started: no more than there are chunks."""
+    verbose: bool
     may_steal: bool
     beat_timeout_s: float
     seats: list[SeatSpec]

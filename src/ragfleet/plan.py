@@ -127,7 +127,7 @@ def plan_static(
     selected: list[range],
     max_new_tokens: int,
 ) -> Plan:
-    """The documented rule: each worker its contiguous slice, in file order, cut into even chunks."""
+    """The documented rule: each worker its contiguous slice in file order, cut into chunks."""
     orders, chunks, start = [], [], 0
     for worker, part in enumerate(selected):
         rows = part.start + np.flatnonzero(requests[part.start : part.stop])

@@ -204,11 +204,15 @@ class _Run:
         if not to_do:
             self.release_followers(launch_paths)
             return num_finished
-        launch = self.make_launch(preparation)
+        # Under torchrun every rank is there anyway; else no model is loaded for nothing.
+        num_started = preparation.num_workers
+        if self.rank is None:
+            num_started = min(num_started, len(plan.chunks))
+        launch = self.make_launch(preparation, num_started)
         work = Work(indexed.index.records, plan.order, plan.chunks)
         paths.logs.mkdir(exist_ok=True)
         write_launch(launch_paths, launch, work)
-        ranks = [self.rank.rank] if self.rank is not None else range(launch.num_workers)
+        ranks = [self.rank.rank] if self.rank is not None else range(launch.num_started)
         supervisor = Supervisor(
             launch_paths,
             launch,
@@ -227,7 +231,7 @@ class _Run:
             raise self.told(error, indexed, paths) from error
         return num_finished
 
-    def make_launch(self, preparation: Preparation) -> Launch:
+    def make_launch(self, preparation: Preparation, num_started: int) -> Launch:
         config, prompts = self.config, preparation.prompts
         return Launch(
             launch_id=self.launch_id,
@@ -254,6 +258,8 @@ class _Run:
             seed=config.seed,
             include_context=config.include_context,
             num_workers=preparation.num_workers,
+            num_started=num_started,
+            verbose=config.verbose,
             may_steal=config.schedule == "dynamic",
             beat_timeout_s=beat_timeout_s(preparation.paths.directory),
             seats=[
@@ -398,6 +404,8 @@ def _seat(launch: Launch, rank: int) -> Seat:
 
 def _remove_old_launches(paths: RunPaths) -> None:
     """Nothing of an earlier start runs any more: the lock says so."""
+    for torn in paths.output_file.parent.glob(f".{paths.output_file.name}.*.tmp"):
+        torn.unlink(missing_ok=True)
     shutil.rmtree(paths.launches, ignore_errors=True)
     paths.launches.mkdir(parents=True, exist_ok=True)
 

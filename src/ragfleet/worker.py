@@ -6,6 +6,7 @@ only by their claims and beats, and nothing of how it was started (`worker_main`
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections import deque
@@ -44,6 +45,8 @@ from ragfleet.records import (
     result_row,
 )
 from ragfleet.shards import ShardWriter, finished_keys
+
+log = logging.getLogger(__name__)
 
 _IDLE_POLL_S: Final = 0.2
 _READ_BYTES: Final = 1 << 18
@@ -209,6 +212,13 @@ class Worker:
             holder = self.store.holder(claim.chunk, generation)
             shard = self.shard.open().with_name(holder.shard)
             skip |= finished_keys(shard, holder.offset_bytes)
+        log.debug(
+            "claimed chunk %d, generation %d: %d requests, %d finished by others",
+            claim.chunk,
+            claim.generation,
+            len(rows),
+            len(skip),
+        )
         self.counters.state = "generating"
         self.counters.chunk = claim.chunk
         self.counters.generations[claim.chunk] = claim.generation
@@ -350,6 +360,7 @@ class Worker:
     def fail(self, item: _Item, failure: Failure, inference_time: float | None) -> None:
         """Append a failure row; `inference_time` None says that it was never sent."""
         self.counters.failed += 1
+        log.info("line %d failed: %s: %s", item.line_no, failure.error_type, failure.error)
         if failure.error_type not in self._failure_kinds:
             self._failure_kinds.add(failure.error_type)
             self.events.send(

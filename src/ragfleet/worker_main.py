@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import faulthandler
+import logging
 import os
 import signal
 import sys
@@ -50,6 +51,10 @@ def main(argv: list[str]) -> int:
     try:
         paths = LaunchPaths(Path(launch_dir))
         launch = read_launch(paths)
+        logging.basicConfig(
+            level=logging.DEBUG if launch.verbose else logging.INFO,
+            format=f"%(asctime)s worker {rank}.{incarnation} %(levelname)s %(name)s: %(message)s",
+        )
         # Imported here: what a user's class or a library does at import belongs to the fatal
         # report.
         from ragfleet.engines.make import make_engine

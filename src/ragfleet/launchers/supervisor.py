@@ -148,7 +148,7 @@ class Supervisor:
             return False
         if self._error is not None or self._all_done():
             return True
-        if len(self._gave_up()) >= self._launch.num_workers:
+        if len(self._gave_up()) >= self._launch.num_started:
             self._error = WorkersFailed(
                 f"No worker is left. Each died more than {self._max_restarts} times in a row; the"
                 f" logs say why: {self._logs}"
@@ -276,7 +276,7 @@ class Supervisor:
         process.popen.wait()
 
     def _end_if_blocked(self, process: _Process, now_s: float) -> None:
-        """A request that blocks its engine is ended with the worker; it fails when claimed again."""
+        """End a request that blocks its engine, with the worker; it fails when claimed again."""
         limit_s, beat = process.blocked_after_s, process.beat
         if limit_s is None or beat is None or beat.oldest_row is None:
             return

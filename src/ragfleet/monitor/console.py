@@ -30,7 +30,8 @@ def printable(text: str) -> str:
 class Console:
     """An `on_event` that draws. Use as a context manager, so that a live view is always closed."""
 
-    def __init__(self, stream: TextIO | None = None) -> None:
+    def __init__(self, stream: TextIO | None = None, verbose: bool = False) -> None:
+        """`verbose` shows the notes of every worker and when each step began."""
         self._stream = stream or sys.stderr
         self._is_terminal = self._stream.isatty()
         self._live: Live | None = None
@@ -38,6 +39,7 @@ class Console:
         self._next_line_s = 10.0
         self._history: list[tuple[float, int]] = []
         self._first_shown = False
+        self._verbose = verbose
 
     def __enter__(self) -> Console:
         return self
@@ -60,7 +62,7 @@ class Console:
             )
         elif event.kind == "ready":
             self.line(f"worker {event.rank} ready: {event.message}")
-            if event.rank == 0:
+            if event.rank == 0 or self._verbose:
                 for note in event.data.get("notes", []):
                     self.line(f"  note: {note}")
         elif event.kind == "reading":
@@ -75,6 +77,8 @@ class Console:
     def line(self, text: str) -> None:
         """Print above the live view."""
         text = printable(text)
+        if self._verbose:
+            text = f"[{time.monotonic() - self._started_s:8.2f} s] {text}"
         try:
             if self._live is not None:
                 self._live.console.print(text, markup=False, highlight=False, soft_wrap=True)

@@ -27,7 +27,7 @@ def help_of(*arguments: str) -> str:
 def page() -> str:
     parts = [
         "# Command line",
-        "Made by `python tools/make_cli_docs.py` from `--help`; `make lint` checks that it is current.",
+        "Made by `python tools/make_cli_docs.py` from `--help`; `make lint` checks it.",
         f"```\n{help_of()}\n```",
     ]
     for command in COMMANDS:

@@ -91,7 +91,7 @@ def decide(
             [chunk for chunk in part if chunk not in board.claims and chunk not in board.done]
             for part in board.slices
         ]
-        furthest = max(behind, key=lambda part: sum(board.costs[chunk] for chunk in part))
+        furthest = max(behind, key=lambda part: (sum(board.costs[c] for c in part), len(part)))
         if furthest:
             return Claim(furthest[0], 0)
     for chunk, (generation, holder) in sorted(board.claims.items()):

@@ -254,11 +254,12 @@ def _toml_arguments(path: Path) -> list[str]:
         if isinstance(value, bool):
             arguments.append(f"--{key}" if value else f"--no_{key}")
         elif isinstance(value, list):
-            arguments += [f"--{key}", *map(str, value)]
+            first, *more = map(str, value or [""])
+            arguments += [f"--{key}={first}" if value else f"--{key}", *more]
         elif isinstance(value, dict):
-            arguments += [f"--{key}", json.dumps(value)]
+            arguments.append(f"--{key}={json.dumps(value, default=str)}")
         else:
-            arguments += [f"--{key}", str(value)]
+            arguments.append(f"--{key}={value}")
     return arguments
 
 

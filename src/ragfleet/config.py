@@ -116,6 +116,8 @@ class RunConfig:
             if value is not None and not isinstance(value, Path):
                 object.__setattr__(self, name, Path(value))
         object.__setattr__(self, "stop", tuple(self.stop))
+        for name in ("temperature", "top_p"):  # 0 and 0.0 are one run
+            object.__setattr__(self, name, float(getattr(self, name)))
         self._check()
 
     def _check(self) -> None:

@@ -127,13 +127,12 @@ def _hash_weights(paths: list[Path]) -> str:
         digest.update(f"{path.name}:{size}:".encode())
         digest.update(header)
         try:
-            entries = json.loads(header)
-        except ValueError:
+            for name, entry in sorted(json.loads(header).items()):
+                if name != "__metadata__":
+                    begin, end = map(int, entry["data_offsets"])
+                    tensors.append((path, 8 + length + (begin + end) // 2, end - begin))
+        except (ValueError, TypeError, AttributeError, KeyError):
             raise ModelError(f"{path} is not a safetensors file; download it again.") from None
-        for name, entry in sorted(entries.items()):
-            if name != "__metadata__":
-                begin, end = entry["data_offsets"]
-                tensors.append((path, 8 + length + (begin + end) // 2, end - begin))
     step = max(1, -(-len(tensors) // _WEIGHT_SAMPLES))
     fds: dict[Path, int] = {}
     try:

@@ -7,6 +7,7 @@ keeps no text: whoever needs a record reads it again at its offset and compares 
 from __future__ import annotations
 
 import os
+import shlex
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from enum import IntEnum
 from pathlib import Path
 from typing import Any, Final
 
+import msgspec
 import numpy as np
 import xxhash
 
@@ -185,13 +187,35 @@ def _open_checked(path: Path) -> FileIdentity:
     if start[:2] in (b"\xff\xfe", b"\xfe\xff"):
         raise InputError(_convert(path, "UTF-16"))
     if start[:2] == b"\x1f\x8b":
-        raise InputError(f"{path} is gzip-compressed; unpack it first: gunzip -k {path}")
-    if start[:1] == b"[":
+        target = path.with_suffix("" if path.suffix == ".gz" else ".unpacked.jsonl")
+        raise InputError(
+            f"{path} is gzip-compressed; unpack it first:"
+            f" gunzip -c {_quoted(path)} > {_quoted(target)}"
+        )
+    if _is_array(start.removeprefix(_UTF8_BOM)):
         raise InputError(
             f"{path} is a JSON array, not JSONL with one object a line; convert it:"
-            f" jq -c '.[]' {path} > {path.with_suffix('.jsonl')}"
+            f" jq -c '.[]' {_quoted(path)} > {_quoted(path.with_suffix('.lines.jsonl'))}"
         )
     return FileIdentity.of(path)
+
+
+def _is_array(start: bytes) -> bool:
+    """Whether a file that begins so is one array, and not JSONL whose first line is a wrong one."""
+    first, _, rest = start.lstrip().partition(b"\n")
+    if not first.startswith(b"["):
+        return False
+    if not rest.strip():
+        return True
+    try:
+        msgspec.json.decode(first)
+    except (msgspec.DecodeError, RecursionError):
+        return True
+    return False
+
+
+def _quoted(path: Path) -> str:
+    return shlex.quote(str(path))
 
 
 def _encoding_message(path: Path, line: bytes) -> str:
@@ -208,5 +232,5 @@ def _convert(path: Path, encoding: str) -> str:
     target = path.with_suffix(".utf8.jsonl")
     return (
         f"{path} is not UTF-8 (it looks like {encoding}); convert it:"
-        f" iconv -f {encoding} -t UTF-8 {path} > {target}"
+        f" iconv -f {encoding} -t UTF-8 {_quoted(path)} > {_quoted(target)}"
     )

@@ -177,7 +177,8 @@ def plan_dynamic(
     cost = own.copy()
     cost[starts] += prefix[starts]
     before = np.cumsum(cost) - cost
-    target = float(cost.sum()) / (num_workers * CHUNKS_PER_WORKER)
+    least_cost = float(cost.sum())  # each prefix once
+    target = least_cost / (num_workers * CHUNKS_PER_WORKER)
     group_cost = np.add.reduceat(cost, starts)
     is_large = group_cost > target
     position = np.where(is_large[group_of], before, before[starts][group_of])
@@ -204,7 +205,7 @@ def plan_dynamic(
         order=rows.astype(np.uint32),
         chunks=chunks,
         num_groups=len(starts),
-        lower_bound_cost=max(float(chunk_cost.sum()) / num_workers, float(chunk_cost.max())),
+        lower_bound_cost=max(least_cost / num_workers, float(chunk_cost.max())),
     )
 
 

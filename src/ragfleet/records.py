@@ -7,6 +7,7 @@ record in a run of millions, so values that are only passed on stay the raw JSON
 
 from __future__ import annotations
 
+import json
 import struct
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -66,6 +67,9 @@ OWN_FIELDS: Final = (
 
 UNASKED_FIELDS: Final = frozenset({"retrieval_time", "context_length", "success"})
 """Fields that don't change what is asked, even where a user's class may read the whole record."""
+
+SHARD_FIELDS: Final = frozenset({"request_key", "finished_at_ns"})
+"""A shard line's own bookkeeping: a record's fields of these names only stand in the output."""
 
 _NOT_PASSED_THROUGH: Final = frozenset({*INPUT_FIELDS, *OUTPUT_FIELDS, *OWN_FIELDS})
 _COPIED: Final = OUTPUT_FIELDS[:8]
@@ -166,6 +170,20 @@ def parse_fields(line: bytes) -> dict[str, Raw]:
     return _decode_fields(line)
 
 
+def decode_object(line: bytes) -> dict[str, Any]:
+    """A line's object as Python values; a number beyond a float's range becomes an infinity."""
+    try:
+        value = _decode_any(line)
+    except msgspec.DecodeError:
+        value = json.loads(line, parse_int=_parse_int)
+    assert isinstance(value, dict)
+    return value
+
+
+def _parse_int(digits: str) -> int | float:
+    return int(digits) if len(digits) < 4000 else float(digits)  # Python refuses longer ones
+
+
 class LazyRecord(Mapping[str, Any]):
     """The whole record as Python values, decoded when somebody first looks."""
 
@@ -178,11 +196,9 @@ class LazyRecord(Mapping[str, Any]):
     def _decoded(self) -> dict[str, Any]:
         if self._fields is None:
             try:
-                fields = _decode_any(self._line)
-            except msgspec.DecodeError as error:
-                raise ValueError(f"the record can't be decoded: {error}") from None
-            assert isinstance(fields, dict)
-            self._fields = fields
+                self._fields = decode_object(self._line)
+            except RecursionError:
+                raise ValueError("the record is nested too deeply to be decoded") from None
         return self._fields
 
     def __getitem__(self, name: str) -> Any:
@@ -267,10 +283,10 @@ def repeat_key(key: RequestKey, occurrence: int) -> RequestKey:
 
 
 def normalise_json(value: Raw | bytes) -> bytes:
-    """The same JSON value in one spelling; a number out of range stays as it is written."""
+    """The same JSON value in one spelling; what msgspec can't hold stays as it is written."""
     try:
         return _encode(_decode_any(value))
-    except msgspec.DecodeError:
+    except (msgspec.DecodeError, RecursionError):
         return bytes(value)
 
 
@@ -420,12 +436,15 @@ def _join_row(
     if include_context and "context" in fields:
         parts += (b',"context":', fields["context"])
     for name in fields:
-        if name not in _NOT_PASSED_THROUGH:
+        if name not in _NOT_PASSED_THROUGH and not (extra and name in SHARD_FIELDS):
             parts += (b"," + _encode(name) + b":", fields[name])
     for name, value in answered.own:
         parts += (_OWN_PREFIXES[name], value)
     parts += (extra, b"}\n")
     return b"".join(parts)
+
+
+_MOST_SECONDS: Final = 1e12
 
 
 def microseconds(seconds: float) -> float:
@@ -441,6 +460,6 @@ def _seconds(value: Raw | None) -> float:
         seconds = _decode_any(value)
     except msgspec.DecodeError:
         return 0.0
-    if type(seconds) is float or type(seconds) is int:
+    if (type(seconds) is float or type(seconds) is int) and abs(seconds) < _MOST_SECONDS:
         return float(seconds)
     return 0.0

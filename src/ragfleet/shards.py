@@ -13,10 +13,11 @@ import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Annotated, Any, Final
 
 import msgspec
 import numpy as np
+from msgspec import UNSET, UnsetType
 from numpy.typing import NDArray
 
 from ragfleet.errors import StorageError
@@ -40,12 +41,18 @@ _BUFFER_BYTES: Final = 1 << 20
 
 
 class _ScanRow(msgspec.Struct):
+    """Strict in all that the merge reads, so that no line it can't use is ever chosen."""
+
     request_key: str
-    finished_at_ns: int
+    finished_at_ns: Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
     success: bool
     answer: str | None
-    inference_time: float
+    inference_time: Annotated[float, msgspec.Meta(ge=0, le=1e12)]
     worker_rank: int | None
+    finish_reason: str | None = None
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+    error_type: str | UnsetType = UNSET
 
 
 _decode_scan_row = msgspec.json.Decoder(_ScanRow).decode
@@ -204,16 +211,24 @@ def _rows(path: Path, start_bytes: int = 0) -> Iterator[tuple[int, bytes, _ScanR
             row: _ScanRow | None
             try:
                 row = _decode_scan_row(line)
-                if len(row.request_key) != 32:
+                line.decode()
+                if not _is_sound(row):
                     row = None
-                else:
-                    bytes.fromhex(row.request_key)
-                    line.decode()
             except (msgspec.DecodeError, ValueError, RecursionError):
                 row = None
             if row is not None or not line.isspace():
                 yield offset, line, row
             offset += len(line)
+
+
+def _is_sound(row: _ScanRow) -> bool:
+    """What types can't say. `fromhex` reads over spaces, so both lengths count."""
+    key = row.request_key
+    return (
+        len(key) == 32
+        and len(bytes.fromhex(key)) == 16
+        and not (row.success and row.answer is None)
+    )
 
 
 @dataclass(frozen=True)

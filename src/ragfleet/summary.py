@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import msgspec
+from ragfleet.records import decode_object
 
 
 @dataclass(slots=True)
@@ -86,7 +86,6 @@ class RunSummary:
 
     def results(self) -> Iterator[dict[str, Any]]:
         """The rows of the output, one by one."""
-        decode = msgspec.json.Decoder(dict[str, Any]).decode
         with open(self.output_file, "rb") as file:
             for line in file:
-                yield decode(line)
+                yield decode_object(line)

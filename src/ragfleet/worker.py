@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+import msgspec
 import numpy as np
 import xxhash
 from msgspec import Raw
@@ -367,7 +368,7 @@ class Worker:
                 "failure",
                 failure.error,
                 error_type=failure.error_type,
-                id=str(item.request.record.get("id", "")) or None,
+                id=name_of(item),
                 line_no=item.line_no,
             )
         row = failed(failure.error_type, failure.error)
@@ -416,7 +417,7 @@ class Worker:
             "first",
             prompt=item.prepared.prompt[-300:],
             answer=completion.text[:300],
-            id=str(item.request.record.get("id") or f"line:{item.line_no}"),
+            id=name_of(item),
             prompt_tokens=completion.prompt_tokens,
             completion_tokens=completion.completion_tokens,
             finish_reason=completion.finish_reason,
@@ -440,6 +441,12 @@ def read_lines(fd: int, offsets: NDArray[Any], lengths: NDArray[Any]) -> Iterato
                 yield block[position : position + length]
                 position += length
             at = stop
+
+
+def name_of(item: _Item) -> str:
+    """The record's id as in its result. The rest of the record may be more than Python can hold."""
+    value = msgspec.json.decode(item.fields.get("id", b"null"))
+    return f"line:{item.line_no}" if value is None else str(value)
 
 
 def completed(item: _Item, completion: Completion, inference_time: float, rank: int) -> Answered:

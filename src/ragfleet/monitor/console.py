@@ -146,7 +146,7 @@ class Console:
             text = Text("\n".join(printable(line) for line in lines), overflow="ellipsis")
             text.no_wrap = True
             self._live.update(text, refresh=True)
-        except OSError:
+        except (OSError, ValueError):
             self._live, self._is_terminal = None, False
 
     def _close_live(self) -> None:
@@ -154,7 +154,7 @@ class Console:
             live, self._live = self._live, None
             try:
                 live.stop()
-            except OSError:
+            except (OSError, ValueError):
                 self._is_terminal = False
 
 

@@ -5,6 +5,7 @@ Owns the event type and the pipe that carries it as JSON lines. Drawing is someb
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from typing import Any
@@ -36,9 +37,14 @@ class EventPipe:
         self._rank = rank
 
     def send(self, kind: str, message: str = "", **data: Any) -> None:
-        line = msgspec.json.encode(Event(kind, message, self._rank, data)) + b"\n"
+        event = Event(kind, message, self._rank, data)
         try:
-            os.write(self._fd, line)
+            line = msgspec.json.encode(event)
+        except UnicodeEncodeError:  # a lone surrogate in what a model or a user's code said
+            text = json.dumps(msgspec.to_builtins(event), ensure_ascii=False)
+            line = text.encode("utf-8", "replace")
+        try:
+            os.write(self._fd, line + b"\n")
         except (BrokenPipeError, BlockingIOError):
             self._fd = os.open(os.devnull, os.O_WRONLY)
 

@@ -129,7 +129,8 @@ class Worker:
         info = self.engine.start()
         if self.timeout_s is None and info.may_block:
             self.timeout_s = _BLOCKING_TIMEOUT_S
-        self.events.send("ready", info.name, notes=list(info.notes), may_block=info.may_block)
+        limit_s = self.timeout_s if info.may_block else None
+        self.events.send("ready", info.name, notes=list(info.notes), blocked_after_s=limit_s)
         while True:
             if self.fill(info):
                 for outcome in self.engine.step(_STEP_S):

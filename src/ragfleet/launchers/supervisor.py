@@ -44,7 +44,6 @@ _FORCE_AFTER_S: Final = 2.0
 _TIMEOUT_GRACE_S: Final = 5.0
 _PROVEN: Final = 100
 """A worker that finished so many requests before it died starts counting its restarts anew."""
-_EXIT_FATAL: Final = 70
 _SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 
@@ -176,9 +175,12 @@ class Supervisor:
         if self._on_tick is not None:
             self._on_tick(beats)
         self._obey_stop_file()
+        if self._deadline_s is None and self._all_done():
+            # One that is frozen, or still loading, must not keep a finished run from its merge.
+            self._deadline_s = now_s + DRAIN_S
         if self._deadline_s is not None and now_s > self._deadline_s:
-            for process in list(self._running.values()):
-                self._kill(process)
+            for process in self._running.values():
+                _kill_group(process.popen.pid)
 
     # ---- workers
 
@@ -235,7 +237,8 @@ class Supervisor:
                 self._read_events(process)
             self._forget(process)
             self._store.bury(process.owner)
-            if code not in (0, _EXIT_FATAL) and self._error is None:
+            # Exit code 0 too: a signal from outside, or a user's os._exit, is no reason to wait.
+            if self._error is None and not self._all_done():
                 self._replace(process, code)
 
     def _replace(self, process: _Process, code: int) -> None:

@@ -79,6 +79,7 @@ def _infer(arguments: list[str]) -> int:
     from ragfleet.monitor.statistics import full_text
     from ragfleet.runner import run
 
+    _interrupt_on_signals()
     with Console(verbose=config.verbose) as console:
         summary = run(config, console)
     if summary is None:  # a torchrun rank above 0: rank 0 tells
@@ -263,7 +264,22 @@ def _toml_arguments(path: Path) -> list[str]:
     return arguments
 
 
-# ---- errors
+# ---- signals and errors
+
+
+def _interrupt_on_signals() -> None:
+    """Leave reading and merging cleanly too; while workers run, their supervisor has the signals.
+
+    What is ignored from the start (nohup) stays ignored.
+    """
+    import signal
+
+    def interrupt(number: int, frame: object) -> None:
+        raise Interrupted("Interrupted. What is finished is safe.", number)
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, interrupt)
 
 
 def _report(error: RagfleetError, arguments: list[str]) -> None:

@@ -14,6 +14,7 @@ Owns these paths and formats. Knows nothing of how workers are started or what t
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ from numpy.typing import NDArray
 
 from ragfleet.claims import Board
 from ragfleet.engines.protocol import EngineSpec, PromptSettings, SamplingParams
-from ragfleet.errors import OutputError
+from ragfleet.errors import OutputError, StorageError
 from ragfleet.shards import fsync_directory
 
 FORMAT: Final = 1
@@ -165,10 +166,14 @@ class Work:
 
 def write_launch(paths: LaunchPaths, launch: Launch, work: Work) -> None:
     """Write the plan of a launch; `launch.json` appears last and whole."""
-    for directory in (paths.claims, paths.beats):
-        directory.mkdir(parents=True, exist_ok=True)
-    for name in ("records", "order", "chunks"):
-        np.save(paths.array(name), getattr(work, name))
+    try:
+        for directory in (paths.claims, paths.beats):
+            directory.mkdir(parents=True, exist_ok=True)
+        for name in ("records", "order", "chunks"):
+            np.save(paths.array(name), getattr(work, name))
+    except OSError as error:  # numpy's own "324 requested and 250 written" has no strerror
+        reason = error.strerror or "no space left on the device"
+        raise StorageError(f"Can't write {paths.directory}: {reason}.") from error
     write_atomically(paths.spec, msgspec.json.format(msgspec.json.encode(launch)))
 
 
@@ -188,14 +193,23 @@ def read_work(paths: LaunchPaths) -> Work:
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Replace `path` with `data`, whole or not at all, also across a power loss."""
+    """Replace `path` with `data`, whole or not at all, also across a power loss.
+
+    Raises StorageError.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    fsync_directory(path.parent)
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        fsync_directory(path.parent)
+    except OSError as error:
+        raise StorageError(f"Can't write {path}: {error.strerror}.") from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def to_json(value: Mapping[str, Any]) -> bytes:

@@ -83,22 +83,23 @@ class Pulse:
         self._sequence += 1
         counters = self._counters
         started_s, row, in_flight = self._oldest()
-        write_beat(
-            self._paths.beats,
-            Beat(
-                owner=self._owner,
-                sequence=self._sequence,
-                state=counters.state,
-                progress=self._progress(),
-                succeeded=counters.succeeded,
-                failed=counters.failed,
-                in_flight=in_flight,
-                chunk=counters.chunk,
-                stolen=counters.stolen,
-                oldest_s=time.monotonic() - started_s if in_flight else 0.0,
-                oldest_row=row if in_flight else None,
-            ),
+        beat = Beat(
+            owner=self._owner,
+            sequence=self._sequence,
+            state=counters.state,
+            progress=self._progress(),
+            succeeded=counters.succeeded,
+            failed=counters.failed,
+            in_flight=in_flight,
+            chunk=counters.chunk,
+            stolen=counters.stolen,
+            oldest_s=time.monotonic() - started_s if in_flight else 0.0,
+            oldest_row=row if in_flight else None,
         )
+        try:
+            write_beat(self._paths.beats, beat)
+        except OSError as error:
+            raise StorageError(f"Can't write {self._paths.beats}: {error.strerror}.") from error
 
     def _beat_loop(self) -> None:
         while not self._stop.wait(BEAT_S):
@@ -107,8 +108,8 @@ class Pulse:
                 for chunk, generation in list(self._counters.generations.items()):
                     if self._store.is_superseded(chunk, generation):
                         self._counters.superseded.add(chunk)
-            except OSError as error:
-                self._error = StorageError(f"Can't write {self._paths.beats}: {error.strerror}.")
+            except StorageError as error:
+                self._error = error
 
     def _sync_loop(self) -> None:
         while not self._stop.wait(SYNC_S):

@@ -8,6 +8,7 @@ watch their worker.
 from __future__ import annotations
 
 import dataclasses
+import errno
 import os
 import shutil
 import time
@@ -26,6 +27,7 @@ from ragfleet.errors import (
     Interrupted,
     OutputError,
     RunError,
+    StorageError,
     UsageError,
     WorkersFailed,
 )
@@ -59,6 +61,7 @@ from ragfleet.summary import MergeStatistics, RunSummary
 _PLAN_WAIT_S: Final = 1800.0
 _PLAN_NOTE_S: Final = 30.0
 _POLL_S: Final = 0.2
+_STORAGE_ERRORS: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 
 def run(config: RunConfig, on_event: OnEvent | None = None) -> RunSummary | None:
@@ -104,6 +107,17 @@ class _Run:
 
     def go(self) -> RunSummary:
         preparation = prepare(self.config, os.environ, self.rank)
+        try:
+            summary = self.under_lock(preparation)
+        except OSError as error:
+            if error.errno not in _STORAGE_ERRORS:
+                raise
+            where = error.filename or preparation.paths.directory
+            raise StorageError(f"Can't write {where}: {error.strerror}.") from error
+        self.say(Event("summary", data={"summary": summary}))
+        return summary
+
+    def under_lock(self, preparation: Preparation) -> RunSummary:
         with RunLock(preparation.paths) as lock:
             try:
                 indexed = self.read_input(preparation)
@@ -118,7 +132,6 @@ class _Run:
                 run_file = self.begin(preparation, indexed)
                 resumed = self.generate(preparation, indexed, lock)
                 summary = self.merge(preparation.paths, run_file, indexed, resumed)
-        self.say(Event("summary", data={"summary": summary}))
         return summary
 
     # ---- before anything is spent

@@ -31,7 +31,7 @@ import ragfleet
 from ragfleet import errors
 from ragfleet.beats import Beat, read_beats
 from ragfleet.claims import ClaimStore
-from ragfleet.errors import Interrupted, RagfleetError, RunError, WorkersFailed
+from ragfleet.errors import Interrupted, RagfleetError, RunError, StorageError, WorkersFailed
 from ragfleet.events import Event, EventReader, OnEvent
 from ragfleet.launch import Launch, LaunchPaths, write_atomically
 
@@ -306,7 +306,9 @@ class Supervisor:
             self._drain(DRAIN_S)
             if not isinstance(error, Interrupted):
                 text = {"error": type(error).__name__, "message": str(error)}
-                write_atomically(self._stop_file, msgspec.json.encode(text))
+                # A full disk must not keep this run from stopping; others will notice it too.
+                with contextlib.suppress(StorageError):
+                    write_atomically(self._stop_file, msgspec.json.encode(text))
 
     @property
     def _stop_file(self) -> Path:

@@ -43,7 +43,7 @@ _pack_record = struct.Struct("<QQ16sIIII").pack
 _pack_grouping = struct.Struct("<QII").pack
 _PROGRESS_EVERY: Final = 1 << 16
 _BUFFER_BYTES: Final = 1 << 20
-_UTF8_BOM: Final = b"\xef\xbb\xbf"
+UTF8_BOM: Final = b"\xef\xbb\xbf"
 
 
 class Kind(IntEnum):
@@ -108,7 +108,7 @@ def build_index(
     key_of, line_hash, group_hash = keyer.key, xxhash.xxh3_64_intdigest, xxhash.xxh3_64_intdigest
     offset = line_no = num_records = 0
     with open(path, "rb", buffering=_BUFFER_BYTES) as file:
-        if file.read(3) == _UTF8_BOM:
+        if file.read(3) == UTF8_BOM:
             offset = 3
         else:
             file.seek(0)
@@ -192,7 +192,7 @@ def _open_checked(path: Path) -> FileIdentity:
             f"{path} is gzip-compressed; unpack it first:"
             f" gunzip -c {_quoted(path)} > {_quoted(target)}"
         )
-    if _is_array(start.removeprefix(_UTF8_BOM)):
+    if _is_array(start.removeprefix(UTF8_BOM)):
         raise InputError(
             f"{path} is a JSON array, not JSONL with one object a line; convert it:"
             f" jq -c '.[]' {_quoted(path)} > {_quoted(path.with_suffix('.lines.jsonl'))}"

@@ -17,7 +17,7 @@ from ragfleet.engines.protocol import Failure, Request, SamplingParams
 from ragfleet.errors import InputError, OutputError, WorkersFailed
 from ragfleet.header import header_lines
 from ragfleet.identity import RunFile, read_run_file, write_run_file
-from ragfleet.index import Kind
+from ragfleet.index import UTF8_BOM, Kind
 from ragfleet.launch import RunPaths
 from ragfleet.launchers.torchrun import detect
 from ragfleet.merge import write_results
@@ -106,6 +106,8 @@ def _find_line(path: Path, identifier: str) -> tuple[bytes, int]:
     try:
         with open(path, "rb") as file:
             for number, line in enumerate(file, 1):
+                if number == 1:
+                    line = line.removeprefix(UTF8_BOM)  # noqa: PLW2901
                 if identifier == f"line:{number}":
                     return line, number
                 if identifier.encode() in line or not line.isascii() or b"\\u" in line:

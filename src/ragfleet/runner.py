@@ -151,7 +151,7 @@ class _Run:
         paths, run_file = preparation.paths, preparation.run_file
         if self.config.overwrite:
             return
-        shards = list_shards(paths.output_file) if paths.output_file.parent.is_dir() else []
+        shards = list_shards(paths.output_file)
         if run_file is None:
             if paths.output_file.exists() and not shards:
                 raise OutputError(
@@ -236,7 +236,7 @@ class _Run:
             on_event=self.say,
             on_tick=self.tick,
             keep_fds=(lock.fd,),
-            watch_parent=self.rank is not None,
+            parent_pid=self.rank.agent_pid if self.rank is not None else None,
         )
         try:
             supervisor.run()
@@ -349,8 +349,9 @@ class _Run:
         if self.config.remove_shards:
             for shard in list_shards(paths.output_file):
                 shard.unlink()
-        for array in paths.launch(self.launch_id).directory.glob("*.npy"):
-            array.unlink()
+        if self.rank is None:  # other ranks' workers may only now be starting
+            for array in paths.launch(self.launch_id).directory.glob("*.npy"):
+                array.unlink()
         return self.summary(paths.output_file, indexed, statistics, resumed, finished)
 
     def summary(
@@ -385,6 +386,8 @@ def _follow(config: RunConfig, rank: TorchrunRank, say: OnEvent) -> None:
     while not launch_paths.spec.exists():
         if launch_paths.nothing_to_do.exists():
             return
+        if os.getppid() != rank.agent_pid:
+            raise RunError("torchrun is gone, and nobody writes a plan any more.")
         now_s = time.monotonic()
         if now_s > started_s + _PLAN_WAIT_S:
             raise RunError(f"Rank 0 wrote no plan within {_PLAN_WAIT_S:.0f} s.")
@@ -401,7 +404,7 @@ def _follow(config: RunConfig, rank: TorchrunRank, say: OnEvent) -> None:
         num_chunks=len(np.load(launch_paths.array("chunks"), mmap_mode="r")),
         max_restarts=config.max_restarts,
         on_event=say,
-        watch_parent=True,
+        parent_pid=rank.agent_pid,
     ).run()
 
 

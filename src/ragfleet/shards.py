@@ -6,6 +6,7 @@ per key. It knows nothing of plans or claims: what a shard says holds whoever pl
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import struct
@@ -65,10 +66,10 @@ def shard_path(output_file: Path, rank: int, copy: int = 0) -> Path:
 
 
 def list_shards(output_file: Path) -> list[Path]:
-    """All shards of an output, by rank and age."""
+    """All shards of an output, by rank and age; none where there is no such folder."""
     pattern = re.compile(re.escape(output_file.stem) + r"_rank(\d+)(?:\.(\d+))?\.jsonl")
     found = []
-    with os.scandir(output_file.parent) as entries:
+    with contextlib.suppress(FileNotFoundError), os.scandir(output_file.parent) as entries:
         for entry in entries:
             match = pattern.fullmatch(entry.name)
             if match and entry.is_file():

@@ -90,12 +90,12 @@ class Supervisor:
         on_event: OnEvent,
         on_tick: Callable[[Mapping[str, Beat]], None] | None = None,
         keep_fds: tuple[int, ...] = (),
-        watch_parent: bool = False,
+        parent_pid: int | None = None,
     ) -> None:
         """
         Args:
             keep_fds: descriptors that workers inherit (the run's lock lives as long as they do).
-            watch_parent: drain when the parent process dies.
+            parent_pid: drain when this process, our parent, dies.
         """
         self._paths, self._launch, self._logs = paths, launch, logs
         self._num_chunks, self._max_restarts = num_chunks, max_restarts
@@ -109,7 +109,7 @@ class Supervisor:
         self._error: RagfleetError | None = None
         self._deadline_s: float | None = None
         self._signalled_s: float | None = None
-        self._watch_parent = watch_parent
+        self._parent_pid = parent_pid
 
     # ---- the loop
 
@@ -121,7 +121,7 @@ class Supervisor:
             WorkersFailed: no worker of the launch is left.
             RagfleetError: what a worker found that stops the whole run.
         """
-        with _Signals(self._on_signal) as signals, _ParentWatch(self._watch_parent) as parent:
+        with _Signals(self._on_signal) as signals, _ParentWatch(self._parent_pid) as parent:
             if signals.fd is not None:
                 self._selector.register(signals.fd, selectors.EVENT_READ, signals.read)
             if parent is not None:
@@ -129,6 +129,8 @@ class Supervisor:
             try:
                 for seat in self._seats:
                     self._spawn(seat)
+                if self._parent_pid not in (None, os.getppid()):
+                    self._on_orphaned()  # it died before it could be watched
                 while not self._is_over():
                     for key, _ in self._selector.select(TICK_S):
                         key.data()
@@ -394,8 +396,11 @@ class _Signals:
 class _ParentWatch:
     """A handle of the parent process, readable when it has died; None where there are none."""
 
-    def __init__(self, wanted: bool) -> None:
-        self._fd = os.pidfd_open(os.getppid()) if wanted and hasattr(os, "pidfd_open") else None
+    def __init__(self, pid: int | None) -> None:
+        self._fd: int | None = None
+        if pid is not None and hasattr(os, "pidfd_open"):
+            with contextlib.suppress(ProcessLookupError):
+                self._fd = os.pidfd_open(pid)
 
     def __enter__(self) -> int | None:
         return self._fd

@@ -33,6 +33,8 @@ class TorchrunRank:
     launch_id: str
     """The same for all ranks of one start, different for any other start."""
     restart_count: int
+    agent_pid: int
+    """The torchrun process; without it nobody would end this one."""
 
 
 def detect(environ: Mapping[str, str]) -> TorchrunRank | None:
@@ -69,6 +71,7 @@ def detect(environ: Mapping[str, str]) -> TorchrunRank | None:
         world_size=int(environ["WORLD_SIZE"]),
         launch_id=f"torchrun-{xxhash.xxh3_64_hexdigest(text.encode())}",
         restart_count=restart_count,
+        agent_pid=parent,
     )
 
 

@@ -366,7 +366,7 @@ def encode_value(value: Any) -> bytes:
     try:
         return _encode(value)
     except UnicodeEncodeError:
-        return _encode(value.encode("utf-8", "replace").decode())
+        return _encode(value.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
 
 
 _ROW: Final = b"{%b" % b",".join(b'"%b":%%b' % name.encode() for name in OUTPUT_FIELDS)

@@ -217,9 +217,10 @@ class _Run:
         if not to_do:
             self.release_followers(launch_paths)
             return num_finished
-        # Under torchrun every rank is there anyway; else no model is loaded for nothing.
+        # Under torchrun every rank is there anyway, and a static slice is nobody else's; otherwise
+        # no model is loaded for nothing.
         num_started = preparation.num_workers
-        if self.rank is None:
+        if self.rank is None and config.schedule == "dynamic":
             num_started = min(num_started, len(plan.chunks))
         launch = self.make_launch(preparation, num_started)
         work = Work(indexed.index.records, plan.order, plan.chunks)

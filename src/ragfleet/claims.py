@@ -5,10 +5,12 @@ with no clock, disk or network. `ClaimStore` is its thin file store: names an op
 never unlinked. A claim is a symbolic link that points nowhere: it is created exclusively and
 together with its contents, so nobody can see, or leave behind, a claim without an owner.
 
-    0000012.g0 -> 3.0:81920:results_rank3.jsonl   first claim of chunk 12; the highest generation
-    owns 0000012.g1        taken over after its owner died 0000012.done      every request of it has
-    an outcome in some shard dead.3.0          worker 3's first process is gone (written by whoever
-    reaped it) timeout.4711      the record of index row 4711 blocked its engine for too long
+    0000012.g0 -> 3.0:81920:results_rank3.jsonl   first claim of chunk 12
+    0000012.g1 -> ...   taken over after its owner died: the highest generation owns
+    0000012.done        every request of it has an outcome in some shard
+    dead.3.0            worker 3's first process is gone (written by whoever reaped it)
+    gone.3              worker 3 is given up: its slice is everybody's
+    timeout.4711        the record of index row 4711 blocked its engine for too long
 """
 
 from __future__ import annotations
@@ -42,6 +44,7 @@ class Board:
         claims: chunk → (generation, holder) of its highest claim seen.
         done: chunks that are finished.
         dead: owners known to be gone.
+        gone: ranks that will have no process any more.
         timed_out: index rows whose request blocked an engine for too long.
     """
 
@@ -50,6 +53,7 @@ class Board:
     claims: dict[int, tuple[int, Holder]] = field(default_factory=dict)
     done: set[int] = field(default_factory=set)
     dead: set[str] = field(default_factory=set)
+    gone: set[int] = field(default_factory=set)
     timed_out: set[int] = field(default_factory=set)
 
 
@@ -77,8 +81,9 @@ def decide(
 ) -> Claim | Wait | Leave:
     """The next thing a worker with room should do.
 
-    Own slice first, in order; then, if it may steal, the slice with the most unclaimed cost; then
-    what dead owners left behind, whoever's slice it is.
+    Own slice first, in order; then the slice with the most unclaimed cost, of all if it may steal,
+    else of those whose worker is given up; then what dead owners left behind, whoever's slice it
+    is.
     """
     if len(board.done) == len(board.costs):
         return Leave()
@@ -86,14 +91,14 @@ def decide(
     for chunk in own:
         if chunk not in board.claims and chunk not in board.done:
             return Claim(chunk, 0)
-    if may_steal:
-        behind = [
-            [chunk for chunk in part if chunk not in board.claims and chunk not in board.done]
-            for part in board.slices
-        ]
+    behind = [
+        [chunk for chunk in part if chunk not in board.claims and chunk not in board.done]
+        for worker, part in enumerate(board.slices)
+        if may_steal or worker in board.gone
+    ]
+    if any(behind):
         furthest = max(behind, key=lambda part: (sum(board.costs[c] for c in part), len(part)))
-        if furthest:
-            return Claim(furthest[0], 0)
+        return Claim(furthest[0], 0)
     for chunk, (generation, holder) in sorted(board.claims.items()):
         if chunk in board.done or holder.owner == me:
             continue
@@ -114,6 +119,8 @@ class ClaimStore:
             head, _, tail = name.partition(".")
             if head == "dead":
                 board.dead.add(tail)
+            elif head == "gone":
+                board.gone.add(int(tail))
             elif head == "timeout":
                 board.timed_out.add(int(tail))
             elif tail == "done":
@@ -151,6 +158,10 @@ class ClaimStore:
     def bury(self, owner: str) -> None:
         """Say that an owner's process is gone, so that its claims are free at once."""
         self._touch(f"dead.{owner}")
+
+    def give_up(self, rank: int) -> None:
+        """Say that a rank will have no process any more, so that others take its slice."""
+        self._touch(f"gone.{rank}")
 
     def time_out(self, row: int) -> None:
         """Say that this index row blocked its engine; whoever claims it next fails it."""

@@ -264,6 +264,7 @@ class Supervisor:
             self._spawn(process.seat)
             return
         (self._paths.directory / f"gave_up.{rank}").touch()
+        self._store.give_up(rank)
         self._on_event(
             Event("gave_up", f"worker {rank} died ({how}) and is given up. Its log: {log}", rank)
         )

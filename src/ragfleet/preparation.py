@@ -134,15 +134,20 @@ def prepare(
 
 def check_paths(config: RunConfig) -> None:
     output = config.output_file
-    if output.is_dir():
-        raise OutputError(f"--output_file {output} is a folder; name a file in it.")
+    try:
+        if output.is_dir():
+            raise OutputError(f"--output_file {output} is a folder; name a file in it.")
+    except OSError as error:  # a name that no file can have
+        raise OutputError(f"Can't write to {output}: {error.strerror}.") from None
     if output.exists() and config.contexts_file.exists() and output.samefile(config.contexts_file):
         raise OutputError("--output_file is the contexts file itself; name another file.")
     folder = output.absolute().parent
     existing = folder
     while not existing.exists():
         existing = existing.parent
-    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+    if not existing.is_dir():
+        raise OutputError(f"Can't write to {folder}: {existing} is a file, not a folder.")
+    if not os.access(existing, os.W_OK | os.X_OK):
         raise OutputError(f"Can't write to {folder}: no permission to create files in {existing}.")
 
 

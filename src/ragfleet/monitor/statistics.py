@@ -76,11 +76,12 @@ def verdict(summary: RunSummary) -> str:
             f"FINISHED: {statistics.succeeded:,} of {summary.num_selected:,} selected{of_all}"
             f" answered → {summary.output_file}"
         )
+    again = " (--retry_failed generates failed requests again)"
     return (
         f"FINISHED WITH {statistics.failed:,} FAILURES of {summary.num_selected:,} selected"
         f"{of_all}:"
         f" {_kinds(statistics.errors)} → {summary.output_file}"
-        " (--retry_failed generates failed requests again)"
+        f"{again if statistics.failed > statistics.not_sent else ''}"
     )
 
 

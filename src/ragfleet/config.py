@@ -144,6 +144,14 @@ class RunConfig:
             f"--request_timeout_s is {self.request_timeout_s}; it must be above 0.",
         )
         require(all(self.stop), "--stop holds an empty string; leave it out.")
+        for name, text in (
+            ("system_prompt", self.system_prompt or ""),
+            ("stop", "".join(self.stop)),
+        ):
+            require(  # bytes of a script in GBK reach Python as lone surrogates
+                text.isascii() or text.encode("utf-8", "replace").decode() == text,
+                f"--{name} is not UTF-8; save the script that holds it as UTF-8.",
+            )
         require(
             self.inference_type != "togetherai",
             "--inference_type togetherai is not in this version yet; use local or huggingface.",

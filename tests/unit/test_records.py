@@ -101,11 +101,11 @@ def test_a_result_has_the_documented_keys_in_order_then_what_passes_through_then
         "prompt_tokens",
         "completion_tokens",
     ]
-    assert OUTPUT_FIELDS == (
+    assert (
         *("id", "original_item_id", "query_index", "dedup_key", "query", "target_api"),
         *("dependencies", "retrieval_method", "context_length", "answer", "retrieval_time"),
         *("inference_time", "total_time", "worker_rank", "success"),
-    )
+    ) == OUTPUT_FIELDS
 
 
 def test_a_result_says_what_the_record_and_the_answer_say() -> None:

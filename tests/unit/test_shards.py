@@ -31,7 +31,7 @@ from ragfleet.shards import (
 
 
 def shard_line(
-    key: int | bytes = 1, at: int = 1, success: bool = True, text: str = "an answer 答", **fields: Any
+    key: int | bytes = 1, at: int = 1, success: bool = True, text: str = "answer 答", **fields: Any
 ) -> bytes:
     """A line as a worker writes it."""
     key = key if isinstance(key, bytes) else key.to_bytes(16, "big")
@@ -117,7 +117,7 @@ def test_a_file_that_is_there_is_never_touched_not_even_an_empty_one(tmp_path: P
 
 
 def test_a_folder_that_is_gone_is_a_storage_error(tmp_path: Path) -> None:
-    with pytest.raises(StorageError, match="Can't create .*o_rank0.jsonl: No such file"):
+    with pytest.raises(StorageError, match=r"Can't create .*o_rank0.jsonl: No such file"):
         ShardWriter(tmp_path / "gone" / "o.jsonl", 0).open()
 
 
@@ -337,7 +337,7 @@ def chosen(index: ShardIndex) -> dict[tuple[int, int], tuple[int, str, int, bool
 def test_the_rule_of_choosing(rows: list[tuple[int, int, int, int, int, bool]]) -> None:
     expected: dict[tuple[int, int], tuple[int, str, int, bool]] = {}
     for key in {row[:2] for row in rows}:
-        mine = [(at, NAMES[shard], offset, ok) for *k, at, shard, offset, ok in rows if (*k,) == key]
+        mine = [(row[2], NAMES[row[3]], row[4], row[5]) for row in rows if row[:2] == key]
         good = [row for row in mine if row[3]]
         bad = [(-at, name, offset, ok) for at, name, offset, ok in mine if not ok]
         if good:

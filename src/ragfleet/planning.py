@@ -39,11 +39,10 @@ class Indexed:
     def digest(self) -> str:
         """Hash of the selected rows' keys in order: what an output of this selection answers."""
         digest = xxhash.xxh3_128()
-        records = self.index.records
-        for part in self.selected:
-            rows = records[part.start : part.stop]
-            for name in ("key_hi", "key_lo", "kind"):
-                digest.update(np.ascontiguousarray(rows[name]).tobytes())
+        # All of it at once: how many slices the selection comes in must not matter.
+        mask = selected_mask(len(self.index), self.selected)
+        for name in ("key_hi", "key_lo", "kind"):
+            digest.update(self.index.records[name][mask].tobytes())
         return digest.hexdigest()
 
     def merge_job(self, winners: Winners, partial: bool = False) -> MergeJob:

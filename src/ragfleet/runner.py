@@ -178,7 +178,7 @@ class _Run:
         self.say(Event("note", f"Nothing to do: {output} is complete."))
         if self.rank is not None:
             self.release_followers(preparation.paths.launch(self.launch_id))
-        statistics = msgspec.convert(merged["statistics"], MergeStatistics)
+        statistics = msgspec.convert(merged["statistics"], MergeStatistics, str_keys=True)
         return self.summary(output, indexed, statistics, resumed=statistics.generated)
 
     # ---- generating

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import shlex
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
@@ -18,6 +18,7 @@ from typing import Any, Final
 import msgspec
 import numpy as np
 import xxhash
+from numpy.typing import NDArray
 
 from ragfleet.errors import InputError
 from ragfleet.records import Head, InvalidRecord, Keyer, parse_head
@@ -43,6 +44,7 @@ _pack_record = struct.Struct("<QQ16sIIII").pack
 _pack_grouping = struct.Struct("<QII").pack
 _PROGRESS_EVERY: Final = 1 << 16
 _BUFFER_BYTES: Final = 1 << 20
+_READ_BYTES: Final = 1 << 18
 UTF8_BOM: Final = b"\xef\xbb\xbf"
 
 
@@ -167,6 +169,24 @@ def build_index(
         num_missing_ids=missing_ids,
         first_invalid=tuple(first_invalid),
     )
+
+
+def read_lines(fd: int, offsets: NDArray[Any], lengths: NDArray[Any]) -> Iterator[bytes]:
+    """Lines at these places of a file; neighbours are read together, up to `_READ_BYTES`."""
+    if not len(offsets):
+        return
+    ends = offsets + lengths
+    last_of_run = np.flatnonzero(np.r_[ends[:-1] != offsets[1:], True])
+    run_ends = np.repeat(ends[last_of_run], np.diff(last_of_run, prepend=-1))
+    blocks = np.maximum(lengths, np.minimum(run_ends - offsets, _READ_BYTES))
+    block, begin, end = b"", 0, 0
+    for start, stop, num_bytes in zip(
+        offsets.tolist(), ends.tolist(), blocks.tolist(), strict=True
+    ):
+        if start < begin or stop > end:
+            block = os.pread(fd, num_bytes, start)
+            begin, end = start, start + num_bytes
+        yield block[start - begin : stop - begin]
 
 
 def _open_checked(path: Path) -> FileIdentity:

@@ -12,15 +12,16 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Final
+from typing import Any, Final
 
 import msgspec
 import numpy as np
 import xxhash
+from msgspec import Raw
 from numpy.typing import NDArray
 
 from ragfleet.errors import InputChanged, StorageError
-from ragfleet.index import Kind
+from ragfleet.index import Kind, read_lines
 from ragfleet.records import (
     Answered,
     Head,
@@ -36,7 +37,6 @@ from ragfleet.summary import MergeStatistics, WorkerStatistics
 
 _BLOCK: Final = 1 << 15
 _BUFFER_BYTES: Final = 1 << 20
-_SHARD_BUFFER_BYTES: Final = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -94,18 +94,17 @@ def write_results(
 
 def merged_rows(job: MergeJob, statistics: MergeStatistics) -> Iterator[bytes]:
     """The output's lines in input order, counted into `statistics` as they come."""
-    # A worker's answers stand nearly in input order, so most reads are in a buffer already.
     by_shard = _workers(job.winners.paths, statistics)
     with contextlib.ExitStack() as stack:
-        shards: list[BinaryIO] = [
-            stack.enter_context(open(path, "rb", buffering=_SHARD_BUFFER_BYTES))
+        shards = [
+            stack.enter_context(open(path, "rb", buffering=0)).fileno()
             for path in job.winners.paths
         ]
-        file = stack.enter_context(open(job.contexts_file, "rb", buffering=_BUFFER_BYTES))
+        contexts = stack.enter_context(open(job.contexts_file, "rb", buffering=0)).fileno()
         for part in job.selected:
             for start in range(part.start, part.stop, _BLOCK):
                 rows = slice(start, min(start + _BLOCK, part.stop))
-                yield from _block(job, rows, file, shards, by_shard, statistics)
+                yield from _block(job, rows, contexts, shards, by_shard, statistics)
 
 
 def _workers(paths: Sequence[Path], statistics: MergeStatistics) -> list[WorkerStatistics]:
@@ -120,38 +119,26 @@ def _workers(paths: Sequence[Path], statistics: MergeStatistics) -> list[WorkerS
 def _block(
     job: MergeJob,
     rows: slice,
-    file: Any,
-    shards: list[BinaryIO],
+    contexts: int,
+    shards: list[int],
     by_shard: list[WorkerStatistics],
     statistics: MergeStatistics,
 ) -> Iterator[bytes]:
+    """The lines of some rows; `contexts` and `shards` are file descriptors."""
     records = job.records[rows]
-    leaders = job.records[records["leader"]]
-    found = job.winners.find(leaders["key_hi"], leaders["key_lo"])
-    answers = job.winners.answers[np.maximum(found, 0)] if len(job.winners.answers) else None
-    places = (
-        []
-        if answers is None
-        else list(
-            zip(
-                answers["shard"].tolist(),
-                answers["offset"].tolist(),
-                answers["length"].tolist(),
-                strict=True,
-            )
-        )
-    )
-    positions = [-1] * len(shards)
+    shard_of, readers = _answers(job, records, shards)
     line_hash = xxhash.xxh3_64_intdigest
     answer: Answered | None
-    position = -1
-    for place, (row, (offset, hash_, _, _, length, line_no, leader, kind), where) in enumerate(
-        zip(range(rows.start, rows.stop), records.tolist(), found.tolist(), strict=True)
+    for row, line, hash_, line_no, leader, kind, shard in zip(
+        range(rows.start, rows.stop),
+        read_lines(contexts, records["offset"], records["length"]),
+        records["line_hash"].tolist(),
+        records["line_no"].tolist(),
+        records["leader"].tolist(),
+        records["kind"].tolist(),
+        shard_of.tolist(),
+        strict=True,
     ):
-        if position != offset:
-            file.seek(offset)
-        line = file.read(length)
-        position = offset + length
         if line_hash(line) != hash_:
             raise InputChanged(
                 f"{job.contexts_file} was edited since it was read (line {line_no}). What is"
@@ -159,18 +146,32 @@ def _block(
             )
         if kind != Kind.SEND:
             answer = _not_sent(line, kind, job.drop_failed_contexts, statistics)
-        elif where < 0:
+        elif shard < 0:
             statistics.missing += 1
             answer = None
         else:
-            shard, shard_offset, shard_length = places[place]
-            if positions[shard] != shard_offset:
-                shards[shard].seek(shard_offset)
-            positions[shard] = shard_offset + shard_length
-            answer = from_shard(parse_shard_row(shards[shard].read(shard_length)))
+            answer = from_shard(parse_shard_row(next(readers[shard])))
             _count(statistics, answer, by_shard[shard] if leader == row else None)
         if answer is not None:
-            yield _row(line, line_no, answer, job.include_context)
+            fields = parse_fields(line) if kind == Kind.SEND else _readable_fields(line)
+            yield _row(fields, line_no, answer, job.include_context)
+
+
+def _answers(
+    job: MergeJob, records: NDArray[Any], shards: list[int]
+) -> tuple[NDArray[Any], list[Iterator[bytes]]]:
+    """(shard of each record's answer or -1, for each shard those answers' lines in turn)."""
+    leaders = job.records[records["leader"]]
+    found = job.winners.find(leaders["key_hi"], leaders["key_lo"])
+    found[records["kind"] != Kind.SEND] = -1
+    answers = job.winners.answers[found[found >= 0]]
+    shard_of = np.full(len(records), -1)
+    shard_of[found >= 0] = answers["shard"]
+    readers = []
+    for number, fd in enumerate(shards):
+        here = answers[answers["shard"] == number]
+        readers.append(read_lines(fd, here["offset"], here["length"]))
+    return shard_of, readers
 
 
 def _not_sent(
@@ -221,13 +222,20 @@ def _count(statistics: MergeStatistics, answer: Answered, worker: WorkerStatisti
 _decode = msgspec.json.Decoder(str).decode
 
 
-def _row(line: bytes, line_no: int, answer: Answered, include_context: bool) -> bytes:
-    context_length = None
+def _readable_fields(line: bytes) -> dict[str, Raw] | None:
+    """The fields of a line that may be anything; None where they can't be told."""
     try:
         fields = parse_fields(line)
         line.decode()
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        fields = None
+        return None
+    return fields
+
+
+def _row(
+    fields: dict[str, Raw] | None, line_no: int, answer: Answered, include_context: bool
+) -> bytes:
+    context_length = None
     if fields is not None and "context_length" not in fields and "context" in fields:
         context = msgspec.json.decode(fields["context"])
         context_length = len(context) if isinstance(context, str) else None

@@ -13,13 +13,12 @@ from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import msgspec
 import numpy as np
 import xxhash
 from msgspec import Raw
-from numpy.typing import NDArray
 
 from ragfleet.beats import Observer, read_beats
 from ragfleet.claims import Claim, ClaimStore, Holder, Leave, Wait, decide
@@ -34,6 +33,7 @@ from ragfleet.engines.protocol import (
 )
 from ragfleet.errors import InputChanged, RunError
 from ragfleet.events import EventPipe
+from ragfleet.index import read_lines
 from ragfleet.launch import Launch, LaunchPaths, read_work
 from ragfleet.pulse import Counters, Pulse
 from ragfleet.records import (
@@ -50,7 +50,6 @@ from ragfleet.shards import ShardWriter, finished_keys
 log = logging.getLogger(__name__)
 
 _IDLE_POLL_S: Final = 0.2
-_READ_BYTES: Final = 1 << 18
 _STEP_S: Final = 1.0
 _BLOCKING_TIMEOUT_S: Final = 600.0
 _BREAKER: Final = 32
@@ -424,24 +423,6 @@ class Worker:
             finish_reason=completion.finish_reason,
             seconds=seconds,
         )
-
-
-def read_lines(fd: int, offsets: NDArray[Any], lengths: NDArray[Any]) -> Iterator[bytes]:
-    """Lines at these places of a file; neighbours are read together, `_READ_BYTES` at a time."""
-    ends = offsets + lengths
-    starts_run = np.r_[True, ends[:-1] != offsets[1:]] if len(offsets) else np.zeros(0, bool)
-    runs = np.flatnonzero(starts_run).tolist()
-    for first, after in zip(runs, [*runs[1:], len(offsets)], strict=True):
-        at = first
-        while at < after:
-            begin = int(offsets[at])
-            stop = at + max(1, int(np.searchsorted(ends[at:after], begin + _READ_BYTES)))
-            block = os.pread(fd, int(ends[stop - 1]) - begin, begin)
-            position = 0
-            for length in lengths[at:stop].tolist():
-                yield block[position : position + length]
-                position += length
-            at = stop
 
 
 def name_of(item: _Item) -> str:

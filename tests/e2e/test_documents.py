@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from pathlib import Path
 
 import pytest
+
+from ragfleet import RunConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 FIELDS = [
@@ -62,6 +65,23 @@ def test_both_readmes_say_the_same() -> None:
     chinese = outline((ROOT / "README.zh-CN.md").read_text(encoding="utf-8"))
     for part, content in english.items():
         assert chinese[part] == content, part
+
+
+@pytest.mark.parametrize("document", ["README.md", "docs/footguns.md", "CHANGELOG.md"])
+def test_flags_in_the_documents_exist(document: str) -> None:
+    # Not RunConfig's: the TOML file, `ragfleet merge`, the check of slices, torchrun.
+    others = {"config", "contexts-file", "partial", "skip-inference"}
+    others |= {"standalone", "nproc_per_node", "max-restarts"}
+    named = set(re.findall(r"--([a-z][a-z_-]+)", (ROOT / document).read_text(encoding="utf-8")))
+    assert named - others <= {field.name for field in dataclasses.fields(RunConfig)}
+
+
+def test_the_script_sets_only_what_exists() -> None:
+    script = ROOT / "utils" / "RAGutils" / "queryResultByInfer" / "run_multi_worker_inference.sh"
+    settings = re.search(r"^settings=\(([^)]*)\)", script.read_text(), re.MULTILINE)
+    assert settings is not None
+    names = {name.lower() for name in settings[1].split()} - {"python"}
+    assert names <= {field.name for field in dataclasses.fields(RunConfig)}
 
 
 @pytest.mark.parametrize("document", ["README.md", "README.zh-CN.md", "docs/footguns.md"])

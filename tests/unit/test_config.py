@@ -280,7 +280,7 @@ def test_every_setting_survives_toml(toml: Any) -> None:
         "max_samples_per_worker": 3,
         "seed": 5,
         "stop": ("--- end", "x"),
-        "system_prompt": "-- be brief",
+        "system_prompt": "--brief",
         "chat_template_kwargs": {"a": {"b": [1, "文"]}},
         "request_timeout_s": 1.5,
         "max_model_len": 9999,

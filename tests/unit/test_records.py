@@ -396,7 +396,7 @@ def record(query: str, context: str, method: str | None, **others: Any) -> bytes
 
 
 @given(queries, texts, methods, queries, texts, methods)
-@settings(max_examples=300)
+@settings(max_examples=150)
 def test_different_questions_never_share_a_key(
     query: str, context: str, method: str | None, query2: str, context2: str, method2: str | None
 ) -> None:

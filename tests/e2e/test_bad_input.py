@@ -1,0 +1,658 @@
+"""What bad input gets: each row of the documented table, run as a user would.
+
+Everything here starts the command line in a process of its own and looks at its exit code, its last
+words and the files it leaves.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import resource
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+KEYS = [
+    *("id", "original_item_id", "query_index", "dedup_key", "query", "target_api"),
+    *("dependencies", "retrieval_method", "context_length", "answer", "retrieval_time"),
+    *("inference_time", "total_time", "worker_rank", "success"),
+]
+ECHO = ("--engine", "echo", "--temperature", "0")
+MODEL = ("--temperature", "0", "--max_new_tokens", "8", "--device", "cpu")
+Done = subprocess.CompletedProcess[str]
+
+
+def ragfleet(
+    directory: Path,
+    *arguments: str,
+    environment: Mapping[str, str] | None = None,
+    preexec_fn: Callable[[], None] | None = None,
+) -> Done:
+    """One command, in `directory`."""
+    return subprocess.run(
+        [sys.executable, "-m", "ragfleet", *arguments],
+        cwd=directory,
+        env={**os.environ, **(environment or {})},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=90,
+        check=False,
+        preexec_fn=preexec_fn,
+    )
+
+
+def infer(directory: Path, *flags: str, contexts: str = "in", **how: Any) -> Done:
+    files = ("--contexts_file", f"{contexts}.jsonl", "--output_file", "out.jsonl")
+    return ragfleet(directory, "infer", *files, *flags, **how)
+
+
+def contents(directory: Path) -> dict[str, bytes | None]:
+    """Every path below a folder, with the bytes of files."""
+    return {
+        str(path.relative_to(directory)): path.read_bytes() if path.is_file() else None
+        for path in sorted(directory.rglob("*"))
+    }
+
+
+def without_lock(directory: Path) -> dict[str, bytes | None]:
+    """The lock's file names its last holder; all else stays."""
+    return {name: data for name, data in contents(directory).items() if name != "out.run/lock"}
+
+
+def rows_of(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def record(number: int, **fields: Any) -> dict[str, Any]:
+    return {"id": f"r{number}", "query": f"q{number}", "context": f"c{number}", **fields}
+
+
+def write(path: Path, records: Sequence[dict[str, Any]]) -> None:
+    text = "".join(json.dumps(each, ensure_ascii=False) + "\n" for each in records)
+    path.write_text(text, encoding="utf-8")
+
+
+def resumed(done: Done) -> list[str]:
+    """The arguments of the resume command that was printed."""
+    found = re.search(r"^Go on with:\n  ragfleet (.*)$", done.stderr, re.MULTILINE)
+    assert found, done.stderr
+    return shlex.split(found[1])
+
+
+# ------------------------------------------------------------------ rows of their own kind
+
+
+@dataclass(frozen=True)
+class Hostile:
+    """A line of a file that is otherwise fine."""
+
+    line: bytes
+    id: str | int | None = None
+    """Of its failure row; None: `line:<n>`."""
+    reason: str = ""
+    error_type: str = "invalid_record"
+
+
+HOSTILE = {
+    "malformed JSON": Hostile(b'{"id": "cut", "query": "q', reason="not valid JSON"),
+    "empty braces missing": Hostile(b"}{", reason="not valid JSON"),
+    "an array": Hostile(b"[1, 2]", reason="not a JSON object"),
+    "a string": Hostile(b'"text"', reason="not a JSON object"),
+    "not UTF-8 in the query": Hostile(
+        b'{"id": "a", "query": "caf\xe9", "context": "c"}', reason="not UTF-8"
+    ),
+    "not UTF-8 in a field nobody reads": Hostile(
+        b'{"id": "a", "query": "q", "context": "c", "x": "\xff"}', reason="not UTF-8"
+    ),
+    "NaN": Hostile(b'{"id": "a", "query": "q", "context": "c", "x": NaN}', reason="not valid JSON"),
+    "Infinity": Hostile(b'{"id": "a", "query": "q", "context": Infinity}', reason="not valid JSON"),
+    "a lone surrogate": Hostile(
+        rb'{"id": "a", "query": "\ud800", "context": "c"}', reason="surrogate"
+    ),
+    "a lone surrogate in a field nobody reads": Hostile(
+        rb'{"id": "a", "query": "q", "context": "c", "x": "\udc00 "}', reason="surrogate"
+    ),
+    "nested too deeply": Hostile(b'{"id": "a", "x": ' + b"[" * 100_000, reason="not valid"),
+    "a blank query": Hostile(
+        b'{"id": "blank", "query": " \\t", "context": "c"}', "blank", "`query` is blank"
+    ),
+    "no query": Hostile(b'{"id": "none", "context": "c"}', "none", "`query` is missing"),
+    "a query of the wrong type": Hostile(
+        b'{"id": "number", "query": 7, "context": "c"}', "number", "`query` is a number"
+    ),
+    "a context of the wrong type": Hostile(
+        b'{"id": 12, "query": "q", "context": ["c"]}', 12, "`context` is a list"
+    ),
+    "success of the wrong type": Hostile(
+        b'{"id": "s", "query": "q", "context": "c", "success": "yes"}', "s", "`success` is a string"
+    ),
+    "a failed context": Hostile(
+        b'{"id": "f", "query": "q", "context": "", "success": false, "error": "no document"}',
+        "f",
+        "no document",
+        "context_failed",
+    ),
+    "a failed context without a reason": Hostile(
+        b'{"id": "g", "query": "q", "context": null, "success": false}',
+        "g",
+        "no reason given",
+        "context_failed",
+    ),
+}
+FINE = [
+    b'{"id": "twice", "query": "q1", "context": "c"}',
+    b'{"query": "q2", "context": "c", "retrieval_time": 0.5}',
+    b'{"id": "twice", "query": "q3", "context": "c"}',
+    b'{"id": null, "query": "q4", "context": "c", "success": null, "kept": [1, "\xe4\xb8\xad"]}',
+]
+
+
+@dataclass(frozen=True)
+class Answered:
+    rows: list[dict[str, Any]]
+    done: Done
+
+
+@pytest.fixture(scope="module")
+def answered(tmp_path_factory: pytest.TempPathFactory) -> Answered:
+    """One run over a file of all hostile lines, and then a few that are fine."""
+    directory = tmp_path_factory.mktemp("hostile")
+    lines = [*(hostile.line for hostile in HOSTILE.values()), *FINE]
+    (directory / "in.jsonl").write_bytes(b"\n".join(lines) + b"\n")
+    done = infer(directory, *ECHO)
+    assert done.returncode == 0, done.stderr
+    return Answered(rows_of(directory / "out.jsonl"), done)
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_bad_line_gets_a_failure_row(answered: Answered, name: str) -> None:
+    place, hostile = list(HOSTILE).index(name), HOSTILE[name]
+    row = answered.rows[place]
+    assert row["id"] == (f"line:{place + 1}" if hostile.id is None else hostile.id)
+    assert (row["error_type"], row["success"]) == (hostile.error_type, False)
+    assert hostile.reason in row["error"]
+
+
+def test_failure_rows_have_all_documented_keys(answered: Answered) -> None:
+    for row in answered.rows[: len(HOSTILE)]:
+        assert list(row)[: len(KEYS)] == KEYS
+        assert row["answer"] is None
+        assert row["worker_rank"] is None
+        assert (row["inference_time"], row["retrieval_time"], row["total_time"]) == (0.0, 0.0, 0.0)
+
+
+def test_the_job_goes_on_and_says_how_many_failed(answered: Answered) -> None:
+    assert len(answered.rows) == len(HOSTILE) + len(FINE)
+    good = answered.rows[len(HOSTILE) :]
+    assert [row["answer"] for row in good] == ["q1", "q2", "q3", "q4"]
+    assert [row["total_time"] >= row["retrieval_time"] for row in good] == [True] * 4
+    last = answered.done.stdout.splitlines()[-1]
+    bad, every = len(HOSTILE), len(answered.rows)
+    assert last.startswith(f"FINISHED WITH {bad} FAILURES of {every} selected")
+    assert f"invalid_record {len(HOSTILE) - 2}, context_failed 2" in last
+
+
+def test_a_missing_id_is_named_by_its_line(answered: Answered) -> None:
+    first = len(HOSTILE)
+    assert answered.rows[first + 1]["id"] == f"line:{first + 2}"
+    assert answered.rows[first + 3]["id"] == f"line:{first + 4}"
+    assert answered.rows[first + 1]["retrieval_time"] == 0.5
+    assert "without an id" in answered.done.stderr
+
+
+def test_duplicate_ids_are_answered_one_by_one(answered: Answered) -> None:
+    twice = [row for row in answered.rows if row["id"] == "twice"]
+    assert [row["answer"] for row in twice] == ["q1", "q3"]
+
+
+def test_unknown_fields_pass_through(answered: Answered) -> None:
+    assert answered.rows[-1]["kept"] == [1, "中"]
+
+
+def test_failed_contexts_can_be_dropped(tmp_path: Path) -> None:
+    write(tmp_path / "in.jsonl", [record(1), record(2, success=False, error="gone"), record(3)])
+    done = infer(tmp_path, *ECHO, "--failed_contexts", "drop")
+    assert done.returncode == 0, done.stderr
+    assert [row["id"] for row in rows_of(tmp_path / "out.jsonl")] == ["r1", "r3"]
+    assert "1 dropped" in done.stdout
+    # Turning them into rows again generates nothing.
+    done = infer(tmp_path, *ECHO)
+    assert [row["id"] for row in rows_of(tmp_path / "out.jsonl")] == ["r1", "r2", "r3"]
+    assert "0 generated in this start + 2 resumed" in done.stdout
+
+
+def test_failures_are_exit_3_where_asked(tmp_path: Path) -> None:
+    write(tmp_path / "in.jsonl", [record(1), record(2, query="")])
+    done = infer(tmp_path, *ECHO, "--fail_on_errors")
+    assert done.returncode == 3
+    assert len(rows_of(tmp_path / "out.jsonl")) == 2
+
+
+def test_bom_crlf_and_blank_lines_are_fine(tmp_path: Path) -> None:
+    lines = [json.dumps(record(number), ensure_ascii=False).encode() for number in range(4)]
+    text = b"\xef\xbb\xbf%b\r\n\n \t\r\n%b\n%b\r\n\r\n%b" % tuple(lines)
+    (tmp_path / "in.jsonl").write_bytes(text)
+    done = infer(tmp_path, *ECHO)
+    assert done.returncode == 0, done.stderr
+    rows = rows_of(tmp_path / "out.jsonl")
+    assert [(row["id"], row["answer"]) for row in rows] == [(f"r{n}", f"q{n}") for n in range(4)]
+    assert done.stdout.splitlines()[-1].startswith("FINISHED: 4 of 4")
+
+
+# ------------------------------------------------------------------ whole files and flags
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A start that is refused: exit 2, one message, nothing written."""
+
+    says: str
+    """A regular expression."""
+    flags: tuple[str, ...] = ECHO
+    contexts: bytes | None = b'{"query": "q", "context": "c"}\n'
+    prepare: Callable[[Path], object] = lambda directory: None
+
+
+CHINESE = json.dumps(record(1, query="形状是什么？"), ensure_ascii=False) + "\n"
+
+
+def pickled_model(directory: Path) -> None:
+    (directory / "model").mkdir()
+    (directory / "model" / "config.json").write_text("{}")
+    (directory / "model" / "pytorch_model.bin").write_bytes(b"pickle")
+
+
+def cut_model(directory: Path) -> None:
+    (directory / "model").mkdir()
+    (directory / "model" / "config.json").write_text("{}")
+    (directory / "model" / "model.safetensors").write_bytes((1 << 40).to_bytes(8, "little"))
+
+
+def foreign_output(directory: Path) -> None:
+    (directory / "out.jsonl").write_text("somebody's\n")
+
+
+REFUSED = {
+    "another encoding": Refused(
+        r"not UTF-8.*\n?.*iconv -f GB18030 -t UTF-8 .*in\.jsonl > .*in\.utf8\.jsonl",
+        contexts=CHINESE.encode("gb18030"),
+    ),
+    "UTF-16": Refused(r"iconv -f UTF-16 -t UTF-8", contexts=CHINESE.encode("utf-16")),
+    "no valid line": Refused(r"not one of 2 lines is a record; line 1: ", contexts=b"a\n{}\n"),
+    "an array of records": Refused(r"JSON array.*jq -c", contexts=b'[\n{"query": "q"}\n]\n'),
+    "compressed": Refused(r"gunzip", contexts=b"\x1f\x8b\x08\x00"),
+    "no such file": Refused(r"There is no contexts file .*in\.jsonl", contexts=None),
+    "an empty file": Refused(r"in\.jsonl is empty", contexts=b""),
+    "only blank lines": Refused(r"every line is blank", contexts=b"\n \n"),
+    "the contexts file is a folder": Refused(
+        r"Can't read the contexts file .*: Is a directory", (*ECHO, "--contexts_file", ".")
+    ),
+    "the output is a folder": Refused(
+        r"is a folder; name a file in it", (*ECHO, "--output_file", ".")
+    ),
+    "the output is the input": Refused(
+        r"is the contexts file itself", (*ECHO, "--output_file", "in.jsonl")
+    ),
+    "the output is below a file": Refused(
+        r"Can't write to .*is a file, not a folder", (*ECHO, "--output_file", "in.jsonl/out.jsonl")
+    ),
+    "the output is where nobody can write": Refused(
+        r"Can't (write|create)", (*ECHO, "--output_file", "/proc/nowhere/out.jsonl")
+    ),
+    "the output's name is too long": Refused(
+        r"File name too long", (*ECHO, "--output_file", "x" * 300 + ".jsonl")
+    ),
+    "the output is somebody else's": Refused(
+        r"out\.jsonl exists, and no run of ragfleet made it.*--overwrite", prepare=foreign_output
+    ),
+    "an unknown flag": Refused(
+        r"(?s)--max_new_token\b.*Perhaps you meant:.*--max_new_tokens", (*ECHO, "--max_new_token=4")
+    ),
+    "an unknown value": Refused(r"(?s)'turbo'.*'dynamic'.*'static'", (*ECHO, "--schedule=turbo")),
+    "a word where a number belongs": Refused(
+        r"(?s)two.*--num_workers", (*ECHO, "--num_workers=two")
+    ),
+    "an unknown setting in TOML": Refused(
+        r"run\.toml: there is no setting temprature\. Did you mean temperature\?",
+        (*ECHO, "--config", "run.toml"),
+        prepare=lambda directory: (directory / "run.toml").write_text("temprature = 1\n"),
+    ),
+    "a value that means nothing": Refused(
+        r"--top_p is 2\.0; it must be above 0 and at most 1", (*ECHO, "--top_p", "2")
+    ),
+    "GPUs without GPUs": Refused(
+        r"--device cpu uses no GPU, but --total_gpus is 2",
+        (*ECHO, "--device", "cpu", "--total_gpus", "2"),
+    ),
+    "no room for a prompt": Refused(
+        r"--max_model_len 8 leaves no room for a prompt beside --max_new_tokens 8",
+        (*ECHO, "--max_model_len", "8", "--max_new_tokens", "8"),
+    ),
+    "an engine and an inference type that disagree": Refused(
+        r"--engine echo uses no model; leave --inference_type out",
+        (*ECHO, "--inference_type", "huggingface"),
+    ),
+    "a template that is not there": Refused(
+        r"--prompt_template nowhere\.j2 can't be read", (*ECHO, "--prompt_template", "nowhere.j2")
+    ),
+    "a class that is not there": Refused(
+        r"there is no file .*mine\.py", (*ECHO, "--inference_class", "mine.py:Mine")
+    ),
+    "no model named": Refused(r"--model_path is missing", MODEL),
+    "a bad model path": Refused(
+        r"There is no model folder .*nowhere/model\..*--inference_type huggingface",
+        (*MODEL, "--model_path", "nowhere/model"),
+    ),
+    "an empty model folder": Refused(
+        r"config\.json is missing: this is not a model folder", (*MODEL, "--model_path", ".")
+    ),
+    "a model of pickles": Refused(
+        r"only pickled weights.*convert once:\n.*save_pretrained.* \S+/model \S+/model-safetensors",
+        (*MODEL, "--model_path", "model"),
+        prepare=pickled_model,
+    ),
+    "a model cut short": Refused(
+        r"model\.safetensors is cut short or not safetensors; download it again",
+        (*MODEL, "--model_path", "model"),
+        prepare=cut_model,
+    ),
+    "the Together API": Refused(
+        r"--inference_type togetherai is not in this version yet; use local or huggingface",
+        (*MODEL, "--model_path", "m", "--inference_type", "togetherai"),
+    ),
+}
+
+
+def refused(directory: Path, case: Refused) -> tuple[Done, bool]:
+    """What such a start says, and whether it left everything as it was."""
+    directory.mkdir()
+    if case.contexts is not None:
+        (directory / "in.jsonl").write_bytes(case.contexts)
+    case.prepare(directory)
+    before = contents(directory)
+    done = infer(directory, *case.flags)
+    return done, contents(directory) == before
+
+
+@pytest.fixture(scope="module")
+def refusals(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Future[Any]]]:
+    """All of them started side by side, for each is little but the start of an interpreter."""
+    directory = tmp_path_factory.mktemp("refused")
+    with ThreadPoolExecutor(3) as pool:
+        yield {
+            name: pool.submit(refused, directory / str(number), case)
+            for number, (name, case) in enumerate(REFUSED.items())
+        }
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused_before_anything_is_written(
+    refusals: dict[str, Future[tuple[Done, bool]]], name: str
+) -> None:
+    done, unchanged = refusals[name].result()
+    assert done.returncode == 2, done.stderr
+    text = re.sub(r"[│╭╮╰╯─]+", " ", done.stderr)
+    assert re.search(REFUSED[name].says, text), done.stderr
+    assert unchanged
+    assert done.stdout == ""
+    assert "Traceback" not in done.stderr
+
+
+def test_the_iconv_line_mends_the_file(tmp_path: Path) -> None:
+    if shutil.which("iconv") is None:
+        pytest.skip("iconv is not installed here")
+    (tmp_path / "in.jsonl").write_bytes(CHINESE.encode("gb18030"))
+    command = re.search(r"iconv .*", infer(tmp_path, *ECHO).stderr)
+    assert command
+    subprocess.run(command[0], shell=True, cwd=tmp_path, check=True, timeout=10)
+    assert infer(tmp_path, *ECHO, contexts="in.utf8").returncode == 0
+    assert rows_of(tmp_path / "out.jsonl")[0]["answer"] == "形状是什么？"
+
+
+# ------------------------------------------------------------------ too long
+
+
+@pytest.mark.timeout(300)  # model loads, on a machine that may be busy
+def test_too_long_for_the_model(tmp_path: Path, small_model: Path) -> None:
+    long = "first words " + "and a long explanation " * 200 + "last words"
+    write(tmp_path / "in.jsonl", [record(1), record(2, context=long)])
+    flags = ("--contexts_file", "in.jsonl", "--model_path", str(small_model), *MODEL)
+    flags += ("--max_model_len", "300")
+
+    def answer(how: str) -> tuple[Done, list[dict[str, Any]]]:
+        output = tmp_path / f"{how}.jsonl"
+        arguments = ("--output_file", output.name, "--truncate_context", how)
+        done = ragfleet(tmp_path, "infer", *flags, *arguments)
+        assert done.returncode == 0, done.stderr
+        return done, rows_of(output)
+
+    def show(how: str) -> Done:
+        return ragfleet(tmp_path, "show", "r2", *flags, "--truncate_context", how)
+
+    with ThreadPoolExecutor(2) as pool:
+        failing, cutting = pool.submit(answer, "error"), pool.submit(answer, "tail")
+        error, head, tail = pool.map(show, ("error", "head", "tail"))
+    done, (fits, row) = failing.result()
+    assert fits["success"]
+    assert row["error_type"] == "too_long"
+    assert (row["answer"], row["worker_rank"], row["inference_time"]) == (None, None, 0.0)
+    numbers = [int(text.replace(",", "")) for text in re.findall(r"\d[\d,]*", row["error"])]
+    assert {292, 300} & set(numbers), row["error"]
+    assert max(numbers) > 400
+    assert "too_long 1" in done.stdout.splitlines()[-1]
+    assert (error.returncode, error.stdout) == (2, "")
+    assert row["error"] in error.stderr
+
+    _, (fits, row) = cutting.result()
+    assert "truncated_tokens" not in fits
+    assert row["success"]
+    assert row["truncated_tokens"] > 100
+    assert row["prompt_tokens"] <= 292
+    assert "first words" in tail.stdout
+    assert "last words" not in tail.stdout
+    assert "last words" in head.stdout
+    assert "first words" not in head.stdout
+
+
+# ------------------------------------------------------------------ what stops a run
+
+
+def limit_file_size(num_bytes: int) -> Callable[[], None]:
+    return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, num_bytes))
+
+
+def check_stopped_and_resumes(directory: Path, done: Done, name: str) -> None:
+    """It said so, the resume command completes, and nothing finished was generated twice."""
+    assert done.returncode == 1, done.stderr
+    assert re.search(rf"ragfleet: Can't write .*{name}", done.stderr), done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (directory / "out.jsonl").exists()
+    assert not list(directory.glob(".*.tmp"))
+    shards = b"".join(path.read_bytes() for path in sorted(directory.glob("out_rank*")))
+    kept = sum(line.startswith(b"{") and line.endswith(b"}") for line in shards.splitlines())
+    again = ragfleet(directory, *resumed(done))
+    assert again.returncode == 0, again.stderr
+    assert f" + {kept} resumed" in again.stdout
+    assert [row["id"] for row in rows_of(directory / "out.jsonl")] == [f"r{n}" for n in range(200)]
+
+
+def test_disk_full_for_a_worker(tmp_path: Path) -> None:
+    write(tmp_path / "in.jsonl", [record(n, query="why? " * 60) for n in range(200)])
+    done = infer(tmp_path, *ECHO, "--dedup", "off", preexec_fn=limit_file_size(50_000))
+    assert "requests are finished and on disk" in done.stderr
+    check_stopped_and_resumes(tmp_path, done, r"out_rank0\.jsonl")
+
+
+def test_disk_full_for_the_merge(tmp_path: Path) -> None:
+    write(tmp_path / "in.jsonl", [record(n, query="why? " * 60) for n in range(200)])
+    flags = (*ECHO, "--num_workers", "2", "--schedule", "static")
+    done = infer(tmp_path, *flags, preexec_fn=limit_file_size(140_000))
+    check_stopped_and_resumes(tmp_path, done, r"out\.jsonl")
+
+
+@pytest.mark.parametrize(
+    "size_kib",
+    [pytest.param(20, marks=pytest.mark.slow), 60, pytest.param(90, marks=pytest.mark.slow)],
+)
+def test_disk_full_of_a_file_system(tmp_path: Path, size_kib: int) -> None:
+    """Full while the plan is written, while workers start, and while they answer."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    size = f"size={size_kib}k"
+    mount = ["mount", "-t", "tmpfs", "-o", size, "tmpfs", str(disk)]
+    try:
+        subprocess.run(mount, check=True, capture_output=True, timeout=10)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("mounting a small tmpfs is not allowed here")
+    try:
+        write(tmp_path / "in.jsonl", [record(n, query="why? " * 60) for n in range(200)])
+        done = infer(disk, *ECHO, "--num_workers", "2", "--dedup", "off", contexts="../in")
+        # More room: what somebody does who reads the message.
+        remount = ["mount", "-o", "remount,size=20m", str(disk)]
+        subprocess.run(remount, check=True, capture_output=True, timeout=10)
+        check_stopped_and_resumes(disk, done, "")
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True, capture_output=True, timeout=10)
+
+
+GATED = """
+import pathlib, time
+from ragfleet import QueryBasedInference
+
+class Gated(QueryBasedInference):
+    def generate_answer(self, query, context, retrieval_method):
+        gate = pathlib.Path(__file__).with_name("gate")
+        while query != "q0" and not gate.exists():
+            time.sleep(0.01)
+        return query
+"""
+
+
+@contextlib.contextmanager
+def started(directory: Path, *arguments: str) -> Iterator[subprocess.Popen[str]]:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "ragfleet", *arguments],
+        cwd=directory,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            process.kill()
+        process.communicate(timeout=10)
+
+
+@pytest.mark.parametrize(
+    "how", ["in place", "replaced", pytest.param("truncated", marks=pytest.mark.slow)]
+)
+def test_input_edited_during_the_run(tmp_path: Path, how: str) -> None:
+    records = [record(n, context="c") for n in range(200)]
+    write(tmp_path / "in.jsonl", records)
+    (tmp_path / "mine.py").write_text(GATED)
+    flags = (*ECHO, "--schedule", "static", "--inference_class", "mine.py:Gated")
+    files = ("--contexts_file", "in.jsonl", "--output_file", "out.jsonl")
+    with started(tmp_path, "infer", *files, *flags) as process:
+        deadline_s = time.monotonic() + 30
+        shard = tmp_path / "out_rank0.jsonl"
+        while not (shard.exists() and shard.stat().st_size) and time.monotonic() < deadline_s:
+            time.sleep(0.02)
+        if how == "truncated":
+            write(tmp_path / "in.jsonl", records[:150])
+        else:
+            records[150]["query"] = "Q150"
+            place = tmp_path / ("in.jsonl" if how == "in place" else "new.jsonl")
+            write(place, records)
+            place.replace(tmp_path / "in.jsonl")
+        (tmp_path / "gate").touch()
+        _, stderr = process.communicate(timeout=30)
+    assert process.returncode == 1, stderr
+    assert re.search(r"in\.jsonl was edited .*\(line 151\)", stderr), stderr
+    assert "What is finished is safe" in stderr
+    assert "Go on with:" in stderr
+    assert not (tmp_path / "out.jsonl").exists()
+    finished = len(shard.read_bytes().splitlines())
+    assert finished >= 64
+    again = infer(tmp_path, *flags)
+    assert again.returncode == 0, again.stderr
+    expected = [each["query"] for each in (records[:150] if how == "truncated" else records)]
+    assert [row["answer"] for row in rows_of(tmp_path / "out.jsonl")] == expected
+    # In place the worker noticed; a replaced file shows at the merge, when all 200 are answered.
+    kept = min(finished, 150) if how != "replaced" else finished - 1
+    assert f"{len(expected) - kept} generated in this start + {kept} resumed" in again.stdout
+
+
+# ------------------------------------------------------------------ an output of another run
+
+
+def test_output_of_another_run(tmp_path: Path) -> None:
+    write(tmp_path / "in.jsonl", [record(n) for n in range(3)])
+    assert infer(tmp_path, *ECHO, "--max_new_tokens", "8").returncode == 0
+    before = without_lock(tmp_path)
+    other = (*ECHO, "--max_new_tokens", "16", "--system_prompt", "Be brief.")
+    done = infer(tmp_path, *other)
+    assert done.returncode == 2
+    assert re.search(r"out\.jsonl belongs to a run with other settings:", done.stderr)
+    assert re.search(r"max_new_tokens +first start 8, now 16", done.stderr)
+    assert re.search(r'system prompt +first start ".*", now "Be brief\."', done.stderr)
+    assert "temperature" not in done.stderr
+    assert without_lock(tmp_path) == before
+
+    # --overwrite moves, and deletes nothing.
+    done = infer(tmp_path, *other, "--overwrite")
+    assert done.returncode == 0, done.stderr
+    (backup,) = tmp_path.glob("out.bak-*")
+    moved = contents(backup)
+    assert moved["out.jsonl"] == before["out.jsonl"]
+    assert moved["out_rank0.jsonl"] == before["out_rank0.jsonl"]
+    assert moved["out.run/run.json"] == before["out.run/run.json"]
+    assert len(rows_of(tmp_path / "out.jsonl")) == 3
+    assert "3 generated in this start + 0 resumed" in done.stdout
+
+
+def test_overwrite_moves_what_is_not_ours(tmp_path: Path) -> None:
+    write(tmp_path / "in.jsonl", [record(1)])
+    foreign_output(tmp_path)
+    assert infer(tmp_path, *ECHO, "--overwrite").returncode == 0
+    (backup,) = tmp_path.glob("out.bak-*")
+    assert (backup / "out.jsonl").read_text() == "somebody's\n"
+
+
+def test_fewer_answers_than_before_keep_the_old_file(tmp_path: Path) -> None:
+    """An input that shrank replaces the output, and the longer one stays beside it."""
+    write(tmp_path / "in.jsonl", [record(n) for n in range(3)])
+    assert infer(tmp_path, *ECHO).returncode == 0
+    before = (tmp_path / "out.jsonl").read_bytes()
+    write(tmp_path / "in.jsonl", [record(0)])
+    done = infer(tmp_path, *ECHO)
+    assert done.returncode == 0, done.stderr
+    assert len(rows_of(tmp_path / "out.jsonl")) == 1
+    (backup,) = tmp_path.glob("out.bak-*.jsonl")
+    assert backup.read_bytes() == before
+    assert backup.name in done.stderr
+    assert "no selected line asks for: 2" in done.stdout
+
+
+def test_environment_of_torchrun_without_torchrun(tmp_path: Path) -> None:
+    write(tmp_path / "in.jsonl", [record(1)])
+    before = contents(tmp_path)
+    done = infer(tmp_path, *ECHO, environment={"RANK": "0", "WORLD_SIZE": "4"})
+    assert done.returncode == 2
+    assert "unset RANK WORLD_SIZE" in done.stderr
+    assert contents(tmp_path) == before

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import os
 import shlex
+import shutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -314,10 +315,18 @@ def resume_command(arguments: Sequence[str]) -> str:
         words = ["torchrun", "--standalone", f"--nproc_per_node={processes}"]
         words += [script] if script else ["-m", "ragfleet", "infer"]
     elif script:
-        words = ["python", script]
+        words = [_python(), script]
     else:
         words = ["ragfleet", "infer"]
+    if any(text.partition("=")[0] == "--config" for text in rest):
+        rest.append("--no_overwrite")  # the file may hold it
     return shlex.join([*words, *rest])
+
+
+def _python() -> str:
+    """How this interpreter is called: `python` where that is the one on the PATH."""
+    found = shutil.which("python")
+    return "python" if found and os.path.samefile(found, sys.executable) else sys.executable
 
 
 if __name__ == "__main__":

@@ -31,7 +31,8 @@ def download(model_id: str, trust_remote_code: bool) -> Path:
         from huggingface_hub import errors, snapshot_download
     except ImportError:
         raise ConfigError(
-            "--inference_type huggingface needs huggingface_hub: pip install 'ragfleet[local]'."
+            "--inference_type huggingface needs huggingface_hub:"
+            " pip install -e '.[local]' in the project's folder."
         ) from None
     wanted = [*_WANTED, "*.py"] if trust_remote_code else _WANTED
     try:

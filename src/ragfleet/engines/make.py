@@ -31,7 +31,7 @@ def make_engine(spec: EngineSpec, engine: str, inference_class: str | None = Non
         except ImportError as error:
             raise ConfigError(
                 f"--engine transformers needs torch and transformers ({error});"
-                " pip install 'ragfleet[local]'."
+                " pip install -e '.[local]' in the project's folder."
             ) from None
         return TransformersEngine(spec)
     raise ConfigError(f"--engine {engine} is unknown; use transformers or echo.")

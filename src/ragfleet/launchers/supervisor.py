@@ -326,7 +326,8 @@ class Supervisor:
     def _drain(self, seconds: float) -> None:
         self._deadline_s = time.monotonic() + seconds
         for process in self._running.values():
-            process.popen.send_signal(signal.SIGTERM)
+            # Popen.send_signal would reap a worker that has just ended, behind `_reap`'s back.
+            os.kill(process.popen.pid, signal.SIGTERM)
 
     def _on_signal(self, number: int) -> None:
         now_s = time.monotonic()

@@ -10,6 +10,7 @@ together with its contents, so nobody can see, or leave behind, a claim without 
     0000012.done        every request of it has an outcome in some shard
     dead.3.0            worker 3's first process is gone (written by whoever reaped it)
     gone.3              worker 3 is given up: its slice is everybody's
+    death.3.0           the index rows that were in flight when it died, see `poison`
     timeout.4711        the record of index row 4711 blocked its engine for too long
 """
 
@@ -46,6 +47,7 @@ class Board:
         dead: owners known to be gone.
         gone: ranks that will have no process any more.
         timed_out: index rows whose request blocked an engine for too long.
+        deaths: owner → index rows that were in flight when its process died.
     """
 
     slices: Sequence[Sequence[int]]
@@ -55,6 +57,7 @@ class Board:
     dead: set[str] = field(default_factory=set)
     gone: set[int] = field(default_factory=set)
     timed_out: set[int] = field(default_factory=set)
+    deaths: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +124,9 @@ class ClaimStore:
                 board.dead.add(tail)
             elif head == "gone":
                 board.gone.add(int(tail))
+            elif head == "death":
+                if tail not in board.deaths:
+                    board.deaths[tail] = self._read_death(name)
             elif head == "timeout":
                 board.timed_out.add(int(tail))
             elif tail == "done":
@@ -162,6 +168,19 @@ class ClaimStore:
     def give_up(self, rank: int) -> None:
         """Say that a rank will have no process any more, so that others take its slice."""
         self._touch(f"gone.{rank}")
+
+    def record_death(self, owner: str, rows: Sequence[int]) -> None:
+        """Say what was in flight when a process died; before `bury`, which frees its claims."""
+        path = self._directory / f"death.{owner}"
+        temporary = self._directory / f".death.{owner}"
+        try:
+            temporary.write_text(" ".join(map(str, rows)))
+            os.replace(temporary, path)
+        except OSError as error:
+            raise StorageError(f"Can't write {path}: {error.strerror}.") from error
+
+    def _read_death(self, name: str) -> tuple[int, ...]:
+        return tuple(map(int, (self._directory / name).read_text().split()))
 
     def time_out(self, row: int) -> None:
         """Say that this index row blocked its engine; whoever claims it next fails it."""

@@ -95,6 +95,12 @@ class RunConfig:
     """How often a request is tried again after a failure that may pass."""
     request_timeout_s: float | None = None
     """Longest time for one request (empty: 600 s for a custom generate_answer, else none)."""
+    start_timeout_s: float = 1800.0
+    """Longest time for a worker to load its model, else it is restarted."""
+    stall_timeout_s: float = 300.0
+    """A worker without any progress for so long writes its stacks to its log and is restarted."""
+    fsync_s: float = 1.0
+    """Longest time until a finished answer survives a power loss."""
     max_restarts: int = 3
     """How often one worker is restarted after it died."""
     retry_failed: bool = False
@@ -139,10 +145,9 @@ class RunConfig:
         for name in ("total_gpus", "max_retries", "max_restarts", "temperature", "seed"):
             at_least(name, 0)
         require(0 < self.top_p <= 1, f"--top_p is {self.top_p}; it must be above 0 and at most 1.")
-        require(
-            self.request_timeout_s is None or self.request_timeout_s > 0,
-            f"--request_timeout_s is {self.request_timeout_s}; it must be above 0.",
-        )
+        for name in ("request_timeout_s", "start_timeout_s", "stall_timeout_s", "fsync_s"):
+            value = getattr(self, name)
+            require(value is None or value > 0, f"--{name} is {value}; it must be above 0.")
         require(all(self.stop), "--stop holds an empty string; leave it out.")
         for name, text in (
             ("system_prompt", self.system_prompt or ""),

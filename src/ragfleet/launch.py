@@ -7,7 +7,7 @@
       launches/<launch_id>/   this start alone; may be deleted when nothing runs
         records.npy order.npy chunks.npy
         launch.json           written last: its presence says that the plan is complete
-        claims/ beats/
+        claims/ beats/ journals/
 
 Owns these paths and formats. Knows nothing of how workers are started or what they do.
 """
@@ -61,6 +61,9 @@ class Launch(msgspec.Struct, frozen=True, kw_only=True):
     trust_remote_code: bool
     max_retries: int
     request_timeout_s: float | None
+    start_timeout_s: float
+    stall_timeout_s: float
+    fsync_s: float
     seed: int | None
     include_context: bool
     num_workers: int
@@ -139,6 +142,10 @@ class LaunchPaths:
     def beats(self) -> Path:
         return self.directory / "beats"
 
+    @property
+    def journals(self) -> Path:
+        return self.directory / "journals"
+
     def array(self, name: str) -> Path:
         return self.directory / f"{name}.npy"
 
@@ -167,7 +174,7 @@ class Work:
 def write_launch(paths: LaunchPaths, launch: Launch, work: Work) -> None:
     """Write the plan of a launch; `launch.json` appears last and whole."""
     try:
-        for directory in (paths.claims, paths.beats):
+        for directory in (paths.claims, paths.beats, paths.journals):
             directory.mkdir(parents=True, exist_ok=True)
         for name in ("records", "order", "chunks"):
             np.save(paths.array(name), getattr(work, name))

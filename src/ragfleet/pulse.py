@@ -16,9 +16,6 @@ from ragfleet.errors import StorageError
 from ragfleet.launch import LaunchPaths
 from ragfleet.shards import ShardWriter
 
-SYNC_S = 1.0
-"""Longest time until an appended result survives a power loss."""
-
 
 @dataclass(slots=True)
 class Counters:
@@ -46,6 +43,7 @@ class Pulse:
         shard: ShardWriter,
         progress: Callable[[], int],
         oldest: Callable[[], tuple[float, int, int]],
+        fsync_s: float,
     ) -> None:
         """`oldest` returns (monotonic start of the oldest request, its row, number in flight)."""
         self._paths = paths
@@ -54,6 +52,7 @@ class Pulse:
         self._shard = shard
         self._progress = progress
         self._oldest = oldest
+        self._fsync_s = fsync_s
         self._store = ClaimStore(paths.claims)
         self._stop = threading.Event()
         self._sequence = 0
@@ -112,7 +111,7 @@ class Pulse:
                 self._error = error
 
     def _sync_loop(self) -> None:
-        while not self._stop.wait(SYNC_S):
+        while not self._stop.wait(self._fsync_s):
             try:
                 self._shard.sync()
             except StorageError as error:

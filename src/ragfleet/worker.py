@@ -34,7 +34,9 @@ from ragfleet.engines.protocol import (
 from ragfleet.errors import InputChanged, RunError
 from ragfleet.events import EventPipe
 from ragfleet.index import read_lines
+from ragfleet.journal import Journal
 from ragfleet.launch import Launch, LaunchPaths, read_work
+from ragfleet.poison import Suspicion
 from ragfleet.pulse import Counters, Pulse
 from ragfleet.records import (
     Answered,
@@ -81,6 +83,8 @@ class _Item:
     prepared: Prepared | None = None
     started_s: float = 0.0
     attempts: int = 1
+    slot: int = -1
+    """Of the journal, while in flight."""
 
 
 class Worker:
@@ -105,12 +109,23 @@ class Worker:
         self.input_fd = os.open(launch.contexts_file, os.O_RDONLY | os.O_CLOEXEC)
         self.counters = Counters()
         self.pulse = Pulse(
-            paths, self.owner, self.counters, self.shard, engine.progress, self.oldest_in_flight
+            paths,
+            self.owner,
+            self.counters,
+            self.shard,
+            engine.progress,
+            self.oldest_in_flight,
+            launch.fsync_s,
         )
+        self.journal = Journal(paths.journals / self.owner)
+        self.suspicion = Suspicion.of([])
         self.draining = False
         self.timeout_s = launch.request_timeout_s
         self._in_flight: dict[bytes, _Item] = {}
         self._retries: deque[_Item] = deque()
+        self._suspects: dict[int, _Item] = {}
+        """Requests that were in flight at two deaths, by index row: see `try_suspects`."""
+        self._on_trial = False
         self._next: _Item | None = None
         self._feeding: _Chunk | None = None
         self._completed: set[int] = set()
@@ -130,8 +145,9 @@ class Worker:
             self.timeout_s = _BLOCKING_TIMEOUT_S
         limit_s = self.timeout_s if info.may_block else None
         self.events.send("ready", info.name, notes=list(info.notes), blocked_after_s=limit_s)
+        self.refresh()
         while True:
-            if self.fill(info):
+            if self.fill(info) or self.try_suspects():
                 for outcome in self.engine.step(_STEP_S):
                     self.finish(outcome)
                 self.expire(info)
@@ -145,7 +161,8 @@ class Worker:
 
     def fill(self, info: EngineInfo) -> bool:
         """Submit while the engine has room; whether anything is in flight then."""
-        while not self.draining:
+        while not self.draining and not (self._on_trial and self._in_flight):
+            self._on_trial = False
             item = self._next or self.next_prepared(info)
             if item is None:
                 break
@@ -154,17 +171,40 @@ class Worker:
                 self._next = item
                 break
             self._next = None
-            item.started_s = time.monotonic()
-            self._in_flight[item.request.key] = item
-            self.engine.submit(item.prepared)
+            self.submit(item)
         return bool(self._in_flight)
+
+    def submit(self, item: _Item) -> None:
+        assert item.prepared is not None
+        item.started_s = time.monotonic()
+        item.slot = self.journal.add(item.row)
+        self._in_flight[item.request.key] = item
+        self.engine.submit(item.prepared)
+
+    def try_suspects(self) -> bool:
+        """With nothing else in flight: try some of those that may have killed their worker.
+
+        A death now says more than the last one did, and a survival clears them: `poison`.
+        """
+        if self.draining or self._in_flight:
+            return False
+        trial = self.suspicion.next_trial(list(self._suspects))
+        for row in trial:
+            item = self._suspects[row]
+            assert item.prepared is not None
+            if not self.engine.has_room(item.prepared):
+                break
+            del self._suspects[row]
+            self.submit(item)
+        self._on_trial = bool(self._in_flight)
+        return self._on_trial
 
     def look_around(self) -> bool:
         """Nothing is in flight: wait for what others hold. False when it is time to leave."""
         self.release_withheld()
         self.counters.state = "waiting"
         while not self.draining:
-            self.store.refresh(self.board)
+            self.refresh()
             for chunk in self._completed - self.board.done:
                 self.store.finish(chunk)  # its mark was lost
             instruction = self.decide(may_steal=self.launch.may_steal)
@@ -177,6 +217,10 @@ class Worker:
         return False
 
     # ---- claims
+
+    def refresh(self) -> None:
+        self.store.refresh(self.board)
+        self.suspicion = Suspicion.of(self.board.deaths.values())
 
     def decide(self, may_steal: bool) -> Claim | Wait | Leave:
         now_s = time.monotonic()
@@ -201,7 +245,7 @@ class Worker:
             if self.store.try_claim(instruction, holder):
                 self.board.claims[instruction.chunk] = (instruction.generation, holder)
                 return self.open_chunk(instruction)
-            self.store.refresh(self.board)
+            self.refresh()
 
     def open_chunk(self, claim: Claim) -> _Chunk:
         chunk = self.work.chunks[claim.chunk]
@@ -301,6 +345,9 @@ class Worker:
         if row in self.board.timed_out:
             self.fail(item, self.timeout_of(item), self.timeout_s)
             return None
+        if self.suspicion.is_poison(row):
+            self.fail(item, self.poison_of(item), 0.0)
+            return None
         try:
             prepared = self.engine.prepare(request)
         except ValueError as error:
@@ -309,6 +356,9 @@ class Worker:
             self.fail(item, prepared, None)
             return None
         item.prepared = prepared
+        if self.suspicion.is_suspect(row):
+            self._suspects[row] = item
+            return None
         return item
 
     def seed_of(self, key: bytes) -> int | None:
@@ -331,6 +381,16 @@ class Worker:
             error=f"no answer within {self.timeout_s:g} s (--request_timeout_s)",
         )
 
+    def poison_of(self, item: _Item) -> Failure:
+        owners = [owner for owner, rows in self.board.deaths.items() if item.row in rows]
+        logs = ", ".join(sorted({f"worker_{owner.partition('.')[0]}.log" for owner in owners}))
+        return Failure(
+            key=item.request.key,
+            error_type="poison",
+            error=f"its worker died {len(owners)} times while answering it, once with nothing else"
+            f" in flight; see {logs}",
+        )
+
     def oldest_in_flight(self) -> tuple[float, int, int]:
         """(monotonic start, index row, number in flight); called from a side thread."""
         try:
@@ -344,6 +404,7 @@ class Worker:
     def finish(self, outcome: Outcome) -> None:
         """Append one outcome, or send its request again."""
         item = self._in_flight.pop(outcome.key)
+        self.journal.remove(item.slot)
         inference_time = microseconds(time.monotonic() - item.started_s)
         if isinstance(outcome, Completion):
             if self._is_first:

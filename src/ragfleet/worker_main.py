@@ -44,6 +44,8 @@ def main(argv: list[str]) -> int:
     rank, incarnation, num_gpus, num_threads, parent_pid, events_fd = map(int, numbers)
     die_with_parent(parent_pid)
     faulthandler.enable()
+    # Written by C code, so it works while other C code holds the GIL; SIGUSR1 is Slurm's.
+    faulthandler.register(signal.SIGQUIT, all_threads=True)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     os.set_inheritable(events_fd, False)

@@ -30,10 +30,12 @@ import msgspec
 import ragfleet
 from ragfleet import errors
 from ragfleet.beats import Beat, read_beats
-from ragfleet.claims import ClaimStore
+from ragfleet.claims import Board, ClaimStore
 from ragfleet.errors import Interrupted, RagfleetError, RunError, StorageError, WorkersFailed
 from ragfleet.events import Event, EventReader, OnEvent
+from ragfleet.journal import read_journal
 from ragfleet.launch import Launch, LaunchPaths, write_atomically
+from ragfleet.poison import Suspicion
 
 TICK_S: Final = 0.5
 DRAIN_S: Final = 20.0
@@ -41,6 +43,8 @@ DRAIN_S: Final = 20.0
 """
 _FORCE_AFTER_S: Final = 2.0
 """Under torchrun one Ctrl-C arrives twice, so only a later one forces."""
+_DUMP_S: Final = 1.0
+"""Time a stalled worker has to write its stacks."""
 _TIMEOUT_GRACE_S: Final = 5.0
 _PROVEN: Final = 100
 """A worker that finished so many requests before it died starts counting its restarts anew."""
@@ -69,6 +73,10 @@ class _Process:
     timed_out: bool = False
     beat: Beat | None = None
     beat_seen_s: float = field(default_factory=time.monotonic)
+    ready: bool = False
+    moved_s: float = field(default_factory=time.monotonic)
+    """When it was last seen to make progress."""
+    kill_at_s: float | None = None
 
     @property
     def owner(self) -> str:
@@ -172,8 +180,11 @@ class Supervisor:
             if beat is not None and (
                 process.beat is None or beat.sequence != process.beat.sequence
             ):
+                if process.beat is None or _progress(beat) != _progress(process.beat):
+                    process.moved_s = now_s
                 process.beat, process.beat_seen_s = beat, now_s
             self._end_if_blocked(process, now_s)
+            self._end_if_stalled(process, now_s)
         if self._on_tick is not None:
             self._on_tick(beats)
         self._obey_stop_file()
@@ -220,6 +231,7 @@ class Supervisor:
             return
         for event in events:
             if event.kind == "ready":
+                process.ready, process.moved_s = True, time.monotonic()
                 process.blocked_after_s = event.data.get("blocked_after_s")
             if event.kind == "fatal":
                 self._stop(_error_from(event.data.get("error", ""), event.message))
@@ -238,6 +250,9 @@ class Supervisor:
             while process.events.fd in self._selector.get_map():
                 self._read_events(process)
             self._forget(process)
+            in_flight = read_journal(self._paths.journals / process.owner)
+            if code != 0 and not process.timed_out and self._error is None:
+                self._store.record_death(process.owner, in_flight)
             self._store.bury(process.owner)
             # Exit code 0 too: a signal from outside, or a user's os._exit, is no reason to wait.
             if self._error is None and not self._all_done():
@@ -250,8 +265,14 @@ class Supervisor:
             self._spawn(process.seat)
             return
         finished = process.beat.succeeded + process.beat.failed if process.beat else 0
-        self._deaths[rank] = 1 if finished >= _PROVEN else self._deaths[rank] + 1
         how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+        if self._was_trial(process):
+            self._on_event(
+                Event("died", f"worker {rank} died ({how}) while suspects were tried", rank)
+            )
+            self._spawn(process.seat)
+            return
+        self._deaths[rank] = 1 if finished >= _PROVEN else self._deaths[rank] + 1
         if self._deaths[rank] <= self._max_restarts:
             self._on_event(
                 Event(
@@ -268,6 +289,14 @@ class Supervisor:
         self._on_event(
             Event("gave_up", f"worker {rank} died ({how}) and is given up. Its log: {log}", rank)
         )
+
+    def _was_trial(self, process: _Process) -> bool:
+        """Whether all it had in flight were suspects already: such a death narrows them down."""
+        board = Board(slices=(), costs=())
+        self._store.refresh(board)
+        rows = board.deaths.pop(process.owner, ())
+        before = Suspicion.of(board.deaths.values())
+        return bool(rows) and all(before.is_suspect(row) for row in rows)
 
     def _forget(self, process: _Process) -> None:
         for fd in (process.pidfd, process.events.fd):
@@ -299,6 +328,36 @@ class Supervisor:
                 )
             )
             _kill_group(process.popen.pid)
+
+    def _end_if_stalled(self, process: _Process, now_s: float) -> None:
+        """Restart a worker that loads, or is silent, or makes no progress, for too long."""
+        if process.kill_at_s is not None:
+            if now_s > process.kill_at_s:
+                _kill_group(process.popen.pid)
+            return
+        beat, silent_s = process.beat, now_s - process.beat_seen_s
+        stuck_s = now_s - process.moved_s
+        limit_s = self._launch.stall_timeout_s
+        if process.blocked_after_s is not None:  # a user's code has its own, longer limit
+            limit_s = max(limit_s, process.blocked_after_s + 2 * _TIMEOUT_GRACE_S)
+        if not process.ready:
+            what, is_stalled = "is loading", stuck_s > self._launch.start_timeout_s
+        elif beat is not None and beat.in_flight:
+            what, is_stalled = "makes no progress", stuck_s > limit_s
+        else:
+            what, is_stalled = "gives no sign of life", silent_s > limit_s
+        if is_stalled:
+            stuck_s = max(stuck_s, silent_s) if process.ready else stuck_s
+            self._on_event(
+                Event(
+                    "note",
+                    f"worker {process.seat.rank} {what} for {stuck_s:.0f} s; its stacks go to its"
+                    " log, and it is restarted",
+                    process.seat.rank,
+                )
+            )
+            process.kill_at_s = now_s + _DUMP_S
+            process.popen.send_signal(signal.SIGQUIT)
 
     # ---- stopping
 
@@ -348,6 +407,10 @@ class Supervisor:
     def _on_orphaned(self) -> None:
         if self._signalled_s is None:
             self._on_signal(signal.SIGTERM)
+
+
+def _progress(beat: Beat) -> tuple[object, ...]:
+    return beat.progress, beat.succeeded, beat.failed, beat.in_flight, beat.chunk, beat.state
 
 
 def _error_from(name: str, message: str) -> RagfleetError:

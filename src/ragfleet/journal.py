@@ -1,0 +1,52 @@
+"""Which requests a worker has in flight, so that its death can be laid at a record's door.
+
+A memory-mapped file of slots, one per request in flight: an entry costs a memory write, and what
+was written outlives a killed process (not a power loss, after which nobody asks).
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import struct
+from pathlib import Path
+from typing import Final
+
+NUM_SLOTS: Final = 1 << 14
+_slot = struct.Struct("<I")
+_EMPTY: Final = _slot.pack(0)
+
+
+class Journal:
+    """The slots of one process. Rows are index rows."""
+
+    def __init__(self, path: Path) -> None:
+        fd = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o666)
+        try:
+            os.ftruncate(fd, NUM_SLOTS * _slot.size)
+            self._map = mmap.mmap(fd, NUM_SLOTS * _slot.size)
+        finally:
+            os.close(fd)
+        self._free = list(range(NUM_SLOTS - 1, -1, -1))
+
+    def add(self, row: int) -> int:
+        """Note a row as in flight; returns its slot, -1 when there are none left to note it in."""
+        if not self._free:
+            return -1
+        slot = self._free.pop()
+        _slot.pack_into(self._map, slot * _slot.size, row + 1)
+        return slot
+
+    def remove(self, slot: int) -> None:
+        if slot >= 0:
+            self._map[slot * _slot.size : (slot + 1) * _slot.size] = _EMPTY
+            self._free.append(slot)
+
+
+def read_journal(path: Path) -> list[int]:
+    """The rows that were in flight; none when the process never got so far."""
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        return []
+    return [row - 1 for (row,) in _slot.iter_unpack(data) if row]

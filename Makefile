@@ -1,5 +1,6 @@
 # make demo    install, make a small model, answer examples/contexts.jsonl with two workers
 # make test    install what tests need, lint, run the tests (make test-all: the slow ones too)
+# make fault   seeded schedules of kills and damage, SEEDS=500
 # make lint    ruff, mypy, import-linter, shellcheck
 # make clean   remove what these targets made, except .venv
 #
@@ -21,7 +22,7 @@ LOCAL := .venv/.installed-local
 TEST := .venv/.installed-test
 NEEDS_PYTHON := Python 3.11 or newer is needed
 
-.PHONY: demo test test-all lint clean
+.PHONY: demo test test-all fault lint clean
 .DEFAULT_GOAL := demo
 .DELETE_ON_ERROR:
 .NOTPARALLEL: # two installs into one .venv must not meet
@@ -41,6 +42,9 @@ test: lint
 
 test-all: lint
 	$(PY) -m pytest $(PYTEST_FLAGS)
+
+fault: $(TEST)
+	$(PY) tests/fault/harness.py --seeds $(or $(SEEDS),500)
 
 lint: $(TEST)
 	$(PY) -m ruff check .

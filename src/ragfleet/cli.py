@@ -31,6 +31,8 @@ commands:
   show     print the exact prompt of one record: ragfleet show ID [the same options as infer]
   status   what a run has finished: ragfleet status --output_file FILE
   merge    merge what is finished: ragfleet merge --output_file FILE [--partial]
+  verify   prove a results file: ragfleet verify CONTEXTS RESULTS
+  failures print the input lines that failed: ragfleet failures RESULTS > again.jsonl
 
 ragfleet COMMAND --help lists a command's options. --config FILE.toml gives any of them; options on
 the command line win.
@@ -136,12 +138,41 @@ def _merge(arguments: list[str]) -> int:
     return 0
 
 
+def _verify(arguments: list[str]) -> int:
+    contexts, results = _paths(arguments, "ragfleet verify CONTEXTS RESULTS", 2)
+    from ragfleet.verify import verify
+
+    found = verify(contexts, results)
+    print("\n".join(found.lines(results)))
+    return 1 if found.num_problems else 0
+
+
+def _failures(arguments: list[str]) -> int:
+    (results,) = _paths(arguments, "ragfleet failures RESULTS", 1)
+    from ragfleet.verify import failed_inputs
+
+    for line in failed_inputs(results):
+        sys.stdout.buffer.write(line)
+    return 0
+
+
+def _paths(arguments: list[str], usage: str, count: int) -> list[Path]:
+    if set(arguments) & {"-h", "--help"}:
+        print(f"usage: {usage}")
+        raise SystemExit(0)
+    if len(arguments) != count or any(text.startswith("-") for text in arguments):
+        raise ConfigError(f"usage: {usage}")
+    return [Path(text) for text in arguments]
+
+
 _COMMANDS: Final[dict[str, Callable[[list[str]], int]]] = {
     "infer": _infer,
     "plan": _plan,
     "show": _show,
     "status": _status,
     "merge": _merge,
+    "verify": _verify,
+    "failures": _failures,
 }
 
 

@@ -135,7 +135,7 @@ class MergeOptions(OutputOptions):
     """Write what is finished to <stem>.partial.jsonl; the output file is not touched."""
 
 
-def _run_of(output_file: Path) -> tuple[RunPaths, RunFile]:
+def run_of(output_file: Path) -> tuple[RunPaths, RunFile]:
     paths = RunPaths(output_file.absolute())
     run_file = read_run_file(paths)
     if run_file is None or run_file.selection is None:
@@ -145,7 +145,7 @@ def _run_of(output_file: Path) -> tuple[RunPaths, RunFile]:
 
 def status_lines(options: OutputOptions) -> list[str]:
     """What is finished, from the shards and beats of a run that may be going on."""
-    paths, run_file = _run_of(options.output_file)
+    paths, run_file = run_of(options.output_file)
     assert run_file.selection is not None
     indexed = index_contexts(run_file.selection, bytes.fromhex(run_file.run_key))
     finished = find_finished(indexed, paths.output_file)
@@ -174,14 +174,14 @@ def merge_now(options: MergeOptions) -> str:
     Raises:
         WorkersFailed: not everything is finished and --partial is not given.
     """
-    paths, run_file = _run_of(options.output_file)
+    paths, run_file = run_of(options.output_file)
     assert run_file.selection is not None
     indexed = index_contexts(run_file.selection, bytes.fromhex(run_file.run_key))
     finished = find_finished(indexed, paths.output_file)
     missing = int(indexed.requests.sum()) - int(finished.mask(indexed).sum())
     if options.partial:
         target = paths.output_file.with_name(f"{paths.output_file.stem}.partial.jsonl")
-        statistics = write_results(indexed.merge_job(finished.winners, partial=True), target)
+        statistics = write_results(indexed.merge_job(finished.winners), target)
         sendable = indexed.index.records["kind"] == Kind.SEND
         return (
             f"{statistics.rows:,} of {indexed.num_selected:,} selected lines → {target}"

@@ -35,6 +35,8 @@ from ragfleet.records import (
 from ragfleet.shards import Winners, fsync_directory, rank_of
 from ragfleet.summary import MergeStatistics, WorkerStatistics
 
+UNFINISHED: Final = "unfinished"
+"""error_type of the rows that `mark_unfinished` makes."""
 _BLOCK: Final = 1 << 15
 _BUFFER_BYTES: Final = 1 << 20
 
@@ -46,7 +48,7 @@ class MergeJob:
     Attributes:
         records: [num_records] of index.RECORD with leaders and final keys.
         selected: row ranges of the output, ascending.
-        partial: leave out records without an outcome instead of refusing.
+        mark_unfinished: give records without an outcome a row of their own, else leave them out.
     """
 
     contexts_file: Path
@@ -55,7 +57,7 @@ class MergeJob:
     winners: Winners
     include_context: bool = False
     drop_failed_contexts: bool = False
-    partial: bool = False
+    mark_unfinished: bool = False
 
 
 def write_results(
@@ -148,7 +150,7 @@ def _block(
             answer = _not_sent(line, kind, job.drop_failed_contexts, statistics)
         elif shard < 0:
             statistics.missing += 1
-            answer = None
+            answer = failed(UNFINISHED, "no answer yet") if job.mark_unfinished else None
         else:
             answer = from_shard(parse_shard_row(next(readers[shard])))
             _count(statistics, answer, by_shard[shard] if leader == row else None)

@@ -45,7 +45,7 @@ class Indexed:
             digest.update(self.index.records[name][mask].tobytes())
         return digest.hexdigest()
 
-    def merge_job(self, winners: Winners, partial: bool = False) -> MergeJob:
+    def merge_job(self, winners: Winners, mark_unfinished: bool = False) -> MergeJob:
         return MergeJob(
             contexts_file=Path(self.selection.contexts_file),
             records=self.index.records,
@@ -53,7 +53,7 @@ class Indexed:
             winners=winners,
             include_context=self.selection.include_context,
             drop_failed_contexts=self.selection.drop_failed_contexts,
-            partial=partial,
+            mark_unfinished=mark_unfinished,
         )
 
     def plan(self, to_do: NDArray[np.bool_], schedule: str, max_new_tokens: int) -> Plan:

@@ -41,7 +41,7 @@ class Suspicion:
         return self.deaths.get(row, 0) >= 2
 
     def is_poison(self, row: int) -> bool:
-        """In flight at three deaths, once alone: an administrator's kill does not strike so often."""
+        """In flight at three deaths, once alone: kills from outside do not strike so often."""
         return self.deaths.get(row, 0) >= 3 and row in self.alone
 
     def next_trial(self, suspects: Sequence[int]) -> list[int]:

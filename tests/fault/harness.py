@@ -1,11 +1,11 @@
 """Seeded schedules of faults over the real launcher and workers, and what must hold after each.
 
-    python -m tests.fault.harness --seeds 500            # every schedule, two at a time
-    python -m tests.fault.harness --seed 17              # one again, with its story
+    python tests/fault/harness.py --seeds 500     # all of them (make fault SEEDS=500)
+    python tests/fault/harness.py --seed 17       # one again, with its story
 
-A schedule is made from its seed alone: how many starts, with how many workers and which engine class,
-what happens during each start (kills, freezes, deleted claims, beats and plans) and what is done to
-the shards between two starts (cuts at any byte, duplicated, foreign and garbled lines). The last
+A schedule is made from its seed alone: how many starts, with how many workers and which engine
+class, what happens during each start (kills, freezes, deleted claims and beats) and what is done
+to the shards between two starts (cuts at any byte, duplicated, foreign and garbled lines). The last
 start is left in peace. Then: the merged output equals that of an uninterrupted run, timings and
 worker_rank aside; no row is lost, none doubled; nothing but what was in flight was done again.
 """
@@ -31,7 +31,7 @@ from typing import Any
 
 import psutil
 
-ENGINE = '''
+ENGINE = """
 import asyncio, os, pathlib, time
 from ragfleet import QueryBasedInference
 
@@ -53,7 +53,7 @@ class Together(QueryBasedInference):
         asked(f"{query} {context}")
         await asyncio.sleep(0.006)
         return f"{context}: {query[::-1]}"
-'''
+"""
 NUM_RECORDS = 160
 IN_FLIGHT = {"OneByOne": 1, "Together": 8}
 UNCOMPARED = ("inference_time", "total_time", "worker_rank")
@@ -80,8 +80,17 @@ class Schedule:
     last_workers: int = 2
 
 
-DURING = ("kill_worker", "kill_worker", "kill_supervisor", "kill_all", "terminate", "freeze",
-          "delete_claim", "delete_beat", "delete_done")
+DURING = (
+    "kill_worker",
+    "kill_worker",
+    "kill_supervisor",
+    "kill_all",
+    "terminate",
+    "freeze",
+    "delete_claim",
+    "delete_beat",
+    "delete_done",
+)
 BETWEEN = ("cut", "duplicate_line", "foreign_line", "garbage", "delete_launches", "nothing")
 
 
@@ -118,12 +127,28 @@ def write_input(directory: Path) -> None:
     (directory / "engine.py").write_text(ENGINE)
 
 
+def environment(**more: str) -> dict[str, str]:
+    """This tree's package, wherever the run's folder is; `more` is for the harness's own tests."""
+    source = str(Path(__file__).resolve().parents[2] / "src")
+    return {**os.environ, "PYTHONPATH": source, **more}
+
+
 def command(engine: str, workers: int) -> list[str]:
     files = ["--contexts_file", "in.jsonl", "--output_file", "out.jsonl"]
     how = ["--engine", "echo", "--temperature", "0", "--num_workers", str(workers)]
     # Kills from outside are not the point of --max_restarts here.
-    return [sys.executable, "-m", "ragfleet", "infer", *files, *how, "--max_restarts", "20",
-            "--inference_class", f"engine.py:{engine}"]
+    return [
+        sys.executable,
+        "-m",
+        "ragfleet",
+        "infer",
+        *files,
+        *how,
+        "--max_restarts",
+        "20",
+        "--inference_class",
+        f"engine.py:{engine}",
+    ]
 
 
 def compared(path: Path) -> list[dict[str, Any]]:
@@ -134,8 +159,11 @@ def compared(path: Path) -> list[dict[str, Any]]:
 class Harness:
     """One schedule in a folder of its own. `story` says what was done."""
 
-    def __init__(self, schedule: Schedule, directory: Path) -> None:
+    def __init__(
+        self, schedule: Schedule, directory: Path, environ: dict[str, str] | None = None
+    ) -> None:
         self.schedule, self.directory = schedule, directory
+        self.environment = environ or environment()
         self.draw = random.Random(~schedule.seed)
         self.story: list[str] = []
         self.allowed_again = 0
@@ -185,6 +213,7 @@ class Harness:
             process = subprocess.Popen(
                 command(self.schedule.engine, workers),
                 cwd=self.directory,
+                env=self.environment,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=said,
@@ -204,7 +233,9 @@ class Harness:
             process.wait()
 
     def num_lines(self) -> int:
-        return sum(path.read_bytes().count(b"\n") for path in self.directory.glob("out_rank*.jsonl"))
+        return sum(
+            path.read_bytes().count(b"\n") for path in self.directory.glob("out_rank*.jsonl")
+        )
 
     def reached(self, process: subprocess.Popen[bytes], lines: int) -> bool:
         deadline_s = time.monotonic() + RUN_LIMIT_S
@@ -308,14 +339,22 @@ class Harness:
 def reference(directory: Path) -> list[dict[str, Any]]:
     """The output of an uninterrupted run."""
     write_input(directory)
-    subprocess.run(command("OneByOne", 2), cwd=directory, check=True, capture_output=True)
+    subprocess.run(
+        command("OneByOne", 2),
+        cwd=directory,
+        check=True,
+        capture_output=True,
+        env=environment(),
+    )
     return compared(directory / "out.jsonl")
 
 
-def run_seed(seed: int, expected: list[dict[str, Any]]) -> tuple[list[str], list[str]]:
+def run_seed(
+    seed: int, expected: list[dict[str, Any]], environ: dict[str, str] | None = None
+) -> tuple[list[str], list[str]]:
     """(problems, story) of one schedule."""
     with tempfile.TemporaryDirectory(prefix=f"fault-{seed}-") as directory:
-        harness = Harness(make_schedule(seed), Path(directory))
+        harness = Harness(make_schedule(seed), Path(directory), environ)
         problems = harness.run(expected)
         if problems:
             said = (Path(directory) / "said").read_text()

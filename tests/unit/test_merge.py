@@ -104,10 +104,10 @@ class Job:
     def finished(self) -> Finished:
         return find_finished(self.index(), self.output)
 
-    def merge(self, partial: bool = False) -> tuple[list[dict[str, Any]], MergeStatistics]:
+    def merge(self) -> tuple[list[dict[str, Any]], MergeStatistics]:
         indexed = self.index()
         winners = find_finished(indexed, self.output).winners
-        statistics = write_results(indexed.merge_job(winners, partial), self.output)
+        statistics = write_results(indexed.merge_job(winners), self.output)
         assert_adds_up(statistics)
         rows = [json.loads(line) for line in self.output.read_bytes().splitlines()]
         assert len(rows) == statistics.rows
@@ -276,7 +276,7 @@ def test_records_added_or_moved_find_their_answers_by_key(job: Job) -> None:
     job.write(ask("new"), ask("b", id=7), ask("a"))
     finished = job.finished().mask(job.index())
     assert finished.tolist() == [False, True, True]
-    rows, statistics = job.merge(partial=True)
+    rows, statistics = job.merge()
     assert answers(rows) == ["answer 1", "answer 0"]
     assert statistics.missing == 1
 
@@ -290,7 +290,7 @@ def test_retrying_failures_asks_only_for_those(job: Job) -> None:
 
 def test_a_partial_merge_leaves_out_what_has_no_outcome(job: Job) -> None:
     job.write(ask("a"), b"broken", ask("b"), ask("a")).answer([2])
-    rows, statistics = job.merge(partial=True)
+    rows, statistics = job.merge()
     assert [row["id"] for row in rows] == ["line:2", "b"]
     assert statistics.missing == 2
     assert statistics.rows == 2
@@ -464,9 +464,9 @@ def test_merging_is_idempotent_and_blind_to_order(
     for which, rank, copy, at, success in history:
         row = requests[which % len(requests)]
         job.answer([row], rank=rank, copy=copy, at=at, success=success, text=f"{rank}.{copy}.{at}")
-    rows, statistics = job.merge(partial=True)
+    rows, statistics = job.merge()
     first = job.output.read_bytes()
-    assert job.merge(partial=True) == (rows, statistics)
+    assert job.merge() == (rows, statistics)
     assert job.output.read_bytes() == first
     selected = len(indexed.index)
     assert statistics.rows + statistics.dropped + statistics.missing == selected
@@ -484,5 +484,5 @@ def test_merging_is_idempotent_and_blind_to_order(
             written = shard.read_bytes().splitlines(keepends=True)
             random.shuffle(written)
             shard.write_bytes(b"".join(written))
-        assert job.merge(partial=True) == (rows, statistics)
+        assert job.merge() == (rows, statistics)
         assert job.output.read_bytes() == first

@@ -1,0 +1,92 @@
+"""Seeded schedules of faults, and the harness that runs them held to what it promises to notice."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import harness
+import pytest
+
+SEEDS = int(os.environ.get("SEEDS", "5"))
+
+# Put on PYTHONPATH as sitecustomize.py, so that every process of a run is broken in one way.
+BROKEN = {
+    "REDONE": """
+# Claims hold nothing: everybody gets what he asks for.
+import ragfleet.claims as claims
+claims.ClaimStore.try_claim = lambda self, claim, holder: True
+claims.ClaimStore.holder = lambda self, chunk, generation: claims.Holder("9.9", "none", 0)
+""",
+    "DOUBLED": """
+# The merge does not choose: a key that was answered twice gets two rows.
+import msgspec
+import ragfleet.merge as merge
+chosen = merge.merged_rows
+def all_of_them(job, statistics):
+    seen, twice = set(), set()
+    for path in job.winners.paths:
+        for line in path.read_bytes().splitlines():
+            try:
+                row = msgspec.json.decode(line)
+                (twice if row["request_key"] in seen else seen).add(row["request_key"])
+                if row["request_key"] in twice:
+                    twice.add(row["id"])
+            except (msgspec.DecodeError, KeyError, UnicodeDecodeError):
+                pass
+    for row in chosen(job, statistics):
+        yield row
+        if msgspec.json.decode(row)["id"] in twice:
+            yield row
+merge.merged_rows = all_of_them
+""",
+    "LOST": """
+# The reader stops at the first line that is no result.
+import ragfleet.shards as shards
+tolerant = shards._rows
+def strict(path, start_bytes=0):
+    for offset, line, row in tolerant(path, start_bytes):
+        if row is None:
+            raise ValueError(f"{path}: a torn line")
+        yield offset, line, row
+shards._rows = strict
+""",
+}
+
+
+@pytest.fixture(scope="session")
+def expected(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return harness.reference(tmp_path_factory.mktemp("reference"))
+
+
+@pytest.mark.parametrize("seed", range(SEEDS))
+def test_a_schedule_of_faults_loses_and_doubles_nothing(
+    seed: int, expected: list[dict[str, Any]]
+) -> None:
+    problems, story = harness.run_seed(seed, expected)
+    assert not problems, "\n".join([*problems, *story])
+
+
+def schedule_of(seed: int, during: list[harness.Fault], between: list[str]) -> harness.Schedule:
+    return harness.Schedule(seed, "OneByOne", [(2, during)], [between], last_workers=2)
+
+
+@pytest.mark.parametrize(
+    ("check", "between"),
+    [("REDONE", []), ("DOUBLED", ["duplicate_line"]), ("LOST", ["garbage"])],
+)
+def test_the_harness_notices(
+    check: str, between: list[str], expected: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "sitecustomize.py").write_text(BROKEN[check])
+    environ = harness.environment()
+    environ["PYTHONPATH"] = os.pathsep.join((str(broken), environ["PYTHONPATH"]))
+    folder = tmp_path / "run"
+    folder.mkdir()
+    during = [harness.Fault("kill_all", 40, 0)]
+    runner = harness.Harness(schedule_of(0, during, between), folder, environ)
+    problems = runner.run(expected)
+    assert any(check in problem for problem in problems), problems

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-COMMANDS = ("infer", "plan", "show", "status", "merge")
+COMMANDS = ("infer", "plan", "show", "status", "merge", "verify", "failures")
 
 
 def help_of(*arguments: str) -> str:

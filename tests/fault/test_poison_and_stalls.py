@@ -1,0 +1,133 @@
+"""One record that kills its worker, and workers that stand still: found, ended, and nothing else lost."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import harness
+import psutil
+import pytest
+
+CLASSES = '''
+import asyncio, os, pathlib, signal, subprocess, time
+from ragfleet import QueryBasedInference
+
+HERE = pathlib.Path(__file__).parent
+
+class Poisoned(QueryBasedInference):
+    async def generate_answer(self, query, context, retrieval_method):
+        await asyncio.sleep(0.002)
+        if query == "q377":
+            os.abort()
+        return query[::-1]
+
+def once(name):
+    """True for the first process that asks."""
+    try:
+        os.close(os.open(HERE / name, os.O_CREAT | os.O_EXCL))
+    except FileExistsError:
+        return False
+    return True
+
+class Stands(QueryBasedInference):
+    async def generate_answer(self, query, context, retrieval_method):
+        if query == "q5" and once("stood"):
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            child = subprocess.Popen(["sleep", "600"])
+            (HERE / "grandchild").write_text(str(child.pid))
+            await asyncio.sleep(600)
+        return query[::-1]
+
+class LoadsForever(QueryBasedInference):
+    def setup(self):
+        if once("loaded"):
+            time.sleep(600)
+
+    def generate_answer(self, query, context, retrieval_method):
+        return query[::-1]
+'''
+
+
+def run(
+    folder: Path, count: int, class_name: str, *flags: str
+) -> tuple[list[dict[str, object]], str]:
+    """Rows and what was said; the run must end well."""
+    (folder / "mine.py").write_text(CLASSES)
+    with (folder / "in.jsonl").open("w") as file:
+        for number in range(count):
+            record = {"id": f"r{number}", "query": f"q{number}", "context": f"c{number // 4}"}
+            file.write(json.dumps(record) + "\n")
+    command = [sys.executable, "-m", "ragfleet", "infer", "--contexts_file", "in.jsonl"]
+    command += ["--output_file", "out.jsonl", "--engine", "echo", "--temperature", "0"]
+    command += ["--inference_class", f"mine.py:{class_name}", *flags]
+    done = subprocess.run(
+        command,
+        cwd=folder,
+        env=harness.environment(),
+        capture_output=True,
+        text=True,
+        timeout=90,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in (folder / "out.jsonl").read_text().splitlines()]
+    assert [row["id"] for row in rows] == [f"r{number}" for number in range(count)]
+    return rows, done.stderr
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_one_poison_record_in_a_thousand_is_one_failure_row(tmp_path: Path, workers: str) -> None:
+    rows, _ = run(tmp_path, 1000, "Poisoned", "--batch_size", "32", "--num_workers", workers)
+    failures = [row for row in rows if not row["success"]]
+    assert [(row["id"], row["error_type"]) for row in failures] == [("r377", "poison")]
+    assert "worker died" in str(failures[0]["error"])
+    deaths = list(tmp_path.glob("out.run/launches/*/claims/death.*"))
+    assert 3 <= len(deaths) <= 7  # log2(32) + 2
+
+
+def test_a_worker_without_progress_is_ended_with_its_grandchild(tmp_path: Path) -> None:
+    rows, said = run(tmp_path, 40, "Stands", "--stall_timeout_s", "1", "--request_timeout_s", "1")
+    assert "makes no progress" in said or "took longer" in said or rows
+    assert all(row["success"] for row in rows if row["id"] != "r5")
+    grandchild = int((tmp_path / "grandchild").read_text())
+    assert not psutil.pid_exists(grandchild)
+
+
+def test_a_worker_that_loads_for_too_long_is_started_again(tmp_path: Path) -> None:
+    rows, said = run(tmp_path, 8, "LoadsForever", "--start_timeout_s", "1.5")
+    assert all(row["success"] for row in rows)
+    assert "is loading for" in said
+    log = (tmp_path / "out.run" / "logs" / "worker_0.log").read_text()
+    assert "in setup" in log  # the stack that it stood in
+
+
+def test_what_failed_comes_out_as_input_and_verify_proves_the_rest(tmp_path: Path) -> None:
+    run(tmp_path, 400, "Poisoned", "--batch_size", "8")
+
+    def ragfleet(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "ragfleet", *arguments],
+            cwd=tmp_path,
+            env=harness.environment(),
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+
+    assert [
+        json.loads(line)["id"] for line in ragfleet("failures", "out.jsonl").stdout.splitlines()
+    ] == ["r377"]
+    assert ragfleet("verify", "in.jsonl", "out.jsonl").returncode == 0
+    output = tmp_path / "out.jsonl"
+    lines = output.read_text().splitlines()
+    lines[3] = lines[3].replace('"answer":"3q"', '"answer":"another"')
+    del lines[100]
+    output.write_text("\n".join(lines) + "\n")
+    broken = ragfleet("verify", "in.jsonl", "out.jsonl")
+    assert broken.returncode == 1
+    assert "row 4 (r3): differs in answer" in broken.stdout
+    assert "NOT VERIFIED" in broken.stdout

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from ragfleet.errors import ConfigError
 
@@ -23,6 +23,19 @@ TruncateContext = Literal["error", "head", "tail"]
 Schedule = Literal["dynamic", "static"]
 Dedup = Literal["auto", "off"]
 FailedContexts = Literal["row", "drop"]
+
+
+_CHOICES = {
+    "inference_type": get_args(InferenceType),
+    "engine": get_args(EngineName),
+    "gpu_pick": get_args(GpuPick),
+    "device": get_args(Device),
+    "precision": get_args(Precision),
+    "truncate_context": get_args(TruncateContext),
+    "schedule": get_args(Schedule),
+    "dedup": get_args(Dedup),
+    "failed_contexts": get_args(FailedContexts),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,6 +151,12 @@ class RunConfig:
                 f"--{name} is {value}; it must be at least {least}.",
             )
 
+        for name, choices in _CHOICES.items():
+            value = getattr(self, name)
+            require(
+                value in choices,
+                f"--{name} is {value!r}; it must be one of {', '.join(choices)}.",
+            )
         for name in ("num_workers", "gpus_per_worker", "max_samples_per_worker", "batch_size"):
             at_least(name, 1)
         for name in ("max_new_tokens", "max_model_len"):

@@ -63,7 +63,7 @@ def input_lines(indexed: Indexed) -> list[str]:
         facts.append(f"{index.num_missing_ids:,} without an id")
     lines = [" · ".join(facts)]
     lines += [f"line {number}: {reason}" for number, reason in index.first_invalid[:3]]
-    if len(index.first_invalid) > 3:
+    if len(index.first_invalid) > 3 and invalid > 3:
         lines.append(f"(and {invalid - 3:,} more invalid lines; each gets a failure row)")
     return lines
 

@@ -65,6 +65,7 @@ class RunFile(msgspec.Struct, kw_only=True):
     parts: dict[str, Any]
     clock: str
     """Time of the first start, handed to chat templates ever after."""
+    output_name: str = ""
     starts: int = 0
     truncation: list[Any] = []
     """[truncate_context, max_model_len] of the last start."""

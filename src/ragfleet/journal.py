@@ -12,7 +12,9 @@ import struct
 from pathlib import Path
 from typing import Final
 
-NUM_SLOTS: Final = 1 << 14
+from ragfleet.errors import StorageError
+
+NUM_SLOTS: Final = 1 << 11
 _slot = struct.Struct("<I")
 _EMPTY: Final = _slot.pack(0)
 
@@ -21,12 +23,17 @@ class Journal:
     """The slots of one process. Rows are index rows."""
 
     def __init__(self, path: Path) -> None:
-        fd = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o666)
+        num_bytes = NUM_SLOTS * _slot.size
         try:
-            os.ftruncate(fd, NUM_SLOTS * _slot.size)
-            self._map = mmap.mmap(fd, NUM_SLOTS * _slot.size)
-        finally:
-            os.close(fd)
+            fd = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o666)
+            try:
+                # Reserved, because writing to a mapped hole of a full disk is a SIGBUS.
+                os.posix_fallocate(fd, 0, num_bytes)
+                self._map = mmap.mmap(fd, num_bytes)
+            finally:
+                os.close(fd)
+        except OSError as error:
+            raise StorageError(f"Can't write {path}: {error.strerror}.") from error
         self._free = list(range(NUM_SLOTS - 1, -1, -1))
 
     def add(self, row: int) -> int:

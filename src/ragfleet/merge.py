@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import resource
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +38,7 @@ from ragfleet.summary import MergeStatistics, WorkerStatistics
 
 UNFINISHED: Final = "unfinished"
 """error_type of the rows that `mark_unfinished` makes."""
+_OTHER_FILES: Final = 64
 _BLOCK: Final = 1 << 15
 _BUFFER_BYTES: Final = 1 << 20
 
@@ -98,15 +100,26 @@ def merged_rows(job: MergeJob, statistics: MergeStatistics) -> Iterator[bytes]:
     """The output's lines in input order, counted into `statistics` as they come."""
     by_shard = _workers(job.winners.paths, statistics)
     with contextlib.ExitStack() as stack:
+        used = set(np.unique(job.winners.answers["shard"]).tolist())
+        allow_open_files(len(used))
         shards = [
-            stack.enter_context(open(path, "rb", buffering=0)).fileno()
-            for path in job.winners.paths
+            stack.enter_context(open(path, "rb", buffering=0)).fileno() if number in used else -1
+            for number, path in enumerate(job.winners.paths)
         ]
         contexts = stack.enter_context(open(job.contexts_file, "rb", buffering=0)).fileno()
         for part in job.selected:
             for start in range(part.start, part.stop, _BLOCK):
                 rows = slice(start, min(start + _BLOCK, part.stop))
                 yield from _block(job, rows, contexts, shards, by_shard, statistics)
+
+
+def allow_open_files(count: int) -> None:
+    """Raise the soft limit of open files as far as needed and allowed: a shard each."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = count + _OTHER_FILES
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        limit = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
 
 
 def _workers(paths: Sequence[Path], statistics: MergeStatistics) -> list[WorkerStatistics]:

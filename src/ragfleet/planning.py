@@ -41,8 +41,10 @@ class Indexed:
         digest = xxhash.xxh3_128()
         # All of it at once: how many slices the selection comes in must not matter.
         mask = selected_mask(len(self.index), self.selected)
-        for name in ("key_hi", "key_lo", "kind"):
+        for name in ("key_hi", "key_lo", "line_hash"):
             digest.update(self.index.records[name][mask].tobytes())
+        shown = (self.selection.include_context, self.selection.drop_failed_contexts)
+        digest.update(repr(shown).encode())
         return digest.hexdigest()
 
     def merge_job(self, winners: Winners, mark_unfinished: bool = False) -> MergeJob:
@@ -96,11 +98,13 @@ class Finished:
     """What the shards hold.
 
     Attributes:
+        shards: files that hold at least one result, or nothing at all.
         num_invalid: lines that are no results.
         num_superfluous: finished keys that no current record asks for.
     """
 
     winners: Winners
+    shards: tuple[Path, ...]
     num_invalid: int
     num_superfluous: int
 
@@ -123,4 +127,11 @@ def find_finished(indexed: Indexed, output_file: Path) -> Finished:
     winners = choose(scanned)
     requests = indexed.index.records[indexed.requests]
     asked = winners.find(requests["key_hi"], requests["key_lo"]) >= 0
-    return Finished(winners, scanned.num_invalid, len(winners.answers) - int(asked.sum()))
+    with_results = set(np.unique(scanned.answers["shard"]).tolist())
+    shards = tuple(
+        path
+        for number, path in enumerate(scanned.paths)
+        if number in with_results or path.stat().st_size == 0
+    )
+    num_superfluous = len(winners.answers) - int(asked.sum())
+    return Finished(winners, shards, scanned.num_invalid, num_superfluous)

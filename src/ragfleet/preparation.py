@@ -24,6 +24,7 @@ from ragfleet.launch import RunPaths
 from ragfleet.launchers.torchrun import TorchrunRank
 from ragfleet.model_files import chat_template, check_weights, read_json
 from ragfleet.prompts import DEFAULT_SYSTEM_PROMPT, check_template, template_fields
+from ragfleet.shards import is_own_name
 
 _DTYPES: Final[Mapping[str, Literal["fp32", "fp16", "bf16"]]] = {
     "float32": "fp32",
@@ -141,6 +142,11 @@ def check_paths(config: RunConfig) -> None:
         raise OutputError(f"Can't write to {output}: {error.strerror}.") from None
     if output.exists() and config.contexts_file.exists() and output.samefile(config.contexts_file):
         raise OutputError("--output_file is the contexts file itself; name another file.")
+    if is_own_name(config.contexts_file, output):
+        raise OutputError(
+            f"--contexts_file {config.contexts_file} has a name that --output_file {output} uses"
+            " for its own files; give one of them another name."
+        )
     folder = output.absolute().parent
     existing = folder
     while not existing.exists():

@@ -28,8 +28,8 @@ class Counters:
     chunk: int | None = None
     generations: dict[int, int] = field(default_factory=dict)
     """Generation of the claim on each chunk this worker has open."""
-    superseded: set[int] = field(default_factory=set)
-    """Chunks that somebody took over because they believed this worker dead."""
+    superseded: set[tuple[int, int]] = field(default_factory=set)
+    """Claims (chunk, generation) taken over by somebody who believed this worker dead."""
 
 
 class Pulse:
@@ -106,7 +106,7 @@ class Pulse:
                 self.beat()
                 for chunk, generation in list(self._counters.generations.items()):
                     if self._store.is_superseded(chunk, generation):
-                        self._counters.superseded.add(chunk)
+                        self._counters.superseded.add((chunk, generation))
             except StorageError as error:
                 self._error = error
 

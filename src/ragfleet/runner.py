@@ -53,7 +53,7 @@ from ragfleet.launchers.supervisor import Seat, Supervisor
 from ragfleet.launchers.torchrun import TorchrunRank
 from ragfleet.merge import write_results
 from ragfleet.planning import Finished, Indexed, find_finished, index_contexts, selection_of
-from ragfleet.preparation import Preparation, prepare
+from ragfleet.preparation import Preparation, check_paths, prepare
 from ragfleet.run_lock import RunLock
 from ragfleet.shards import list_shards
 from ragfleet.summary import MergeStatistics, RunSummary
@@ -106,20 +106,24 @@ class _Run:
         self._on_event(event)
 
     def go(self) -> RunSummary:
-        preparation = prepare(self.config, os.environ, self.rank)
+        check_paths(self.config)
+        paths = RunPaths(self.config.output_file.absolute())
         try:
-            summary = self.under_lock(preparation)
+            summary = self.under_lock(paths)
         except OSError as error:
             if error.errno not in _STORAGE_ERRORS:
                 raise
-            where = error.filename or preparation.paths.directory
+            where = error.filename or paths.directory
             raise StorageError(f"Can't write {where}: {error.strerror}.") from error
         self.say(Event("summary", data={"summary": summary}))
         return summary
 
-    def under_lock(self, preparation: Preparation) -> RunSummary:
-        with RunLock(preparation.paths) as lock:
+    def under_lock(self, paths: RunPaths) -> RunSummary:
+        # All that an earlier start left is read under the lock: two first starts at once must not
+        # both believe that they are the first.
+        with RunLock(paths) as lock:
             try:
+                preparation = prepare(self.config, os.environ, self.rank)
                 indexed = self.read_input(preparation)
                 self.check_output(preparation, indexed)
             except UsageError:
@@ -151,16 +155,26 @@ class _Run:
         paths, run_file = preparation.paths, preparation.run_file
         if self.config.overwrite:
             return
-        shards = list_shards(paths.output_file)
+        finished = find_finished(indexed, paths.output_file)
+        has_results = len(finished.winners.answers) > 0
         if run_file is None:
-            if paths.output_file.exists() and not shards:
+            if paths.output_file.exists() and not has_results:
                 raise OutputError(
                     f"{paths.output_file} exists, and no run of ragfleet made it. Take another"
                     " --output_file, or --overwrite, which moves it to"
                     f" {paths.output_file.stem}.bak-<time>."
                 )
             return
-        check_same_run(run_file, preparation.identity, paths.output_file, _count_lines(shards))
+        if run_file.output_name not in ("", paths.output_file.name):
+            raise OutputError(
+                f"{paths.directory} belongs to {run_file.output_name}; two outputs whose names"
+                " differ only in their ending can't share it. Take another --output_file."
+            )
+        if not has_results and run_file.merged is None:
+            return  # nothing depends on the earlier start's settings
+        check_same_run(
+            run_file, preparation.identity, paths.output_file, len(finished.winners.answers)
+        )
         truncation = [self.config.truncate_context, self.config.max_model_len]
         check_truncation(run_file, truncation, paths.output_file)
 
@@ -170,7 +184,11 @@ class _Run:
         if not merged or not merged.get("shards_removed"):
             return None
         output = preparation.paths.output_file
-        if merged["digest"] != indexed.digest() or not output.exists():
+        if (
+            merged["digest"] != indexed.digest()
+            or not output.exists()
+            or (self.config.retry_failed and merged["statistics"]["failed"])
+        ):
             raise OutputError(
                 f"{output} was merged and its shards removed (--remove_shards), so it can't be"
                 " extended. Take another --output_file, or --overwrite."
@@ -190,6 +208,7 @@ class _Run:
             run_key=preparation.identity.run_key.hex(),
             parts=dict(preparation.identity.parts),
             clock=preparation.clock,
+            output_name=preparation.paths.output_file.name,
             starts=(before.starts if before else 0) + 1,
             truncation=[self.config.truncate_context, self.config.max_model_len],
             class_hash=before.class_hash if before else preparation.class_hash,
@@ -332,7 +351,7 @@ class _Run:
             before = (run_file.merged or {}).get("statistics", {}).get("succeeded", 0)
             if before > statistics.succeeded and paths.output_file.exists():
                 backup = _backup_name(paths.output_file)
-                os.link(paths.output_file, backup)
+                shutil.copy2(paths.output_file, backup)
                 self.say(
                     Event(
                         "note",
@@ -351,7 +370,7 @@ class _Run:
         }
         write_run_file(paths, run_file)
         if self.config.remove_shards:
-            for shard in list_shards(paths.output_file):
+            for shard in finished.shards:
                 shard.unlink()
         if self.rank is None:  # other ranks' workers may only now be starting
             for array in paths.launch(self.launch_id).directory.glob("*.npy"):
@@ -455,14 +474,6 @@ def _backup_name(output: Path) -> Path:
         if not name.exists() and not name.with_name(name.stem).exists():
             return name
         number += 1
-
-
-def _count_lines(paths: list[Path]) -> int:
-    total = 0
-    for path in paths:
-        with open(path, "rb") as file:
-            total += sum(block.count(b"\n") for block in iter(lambda: file.read(1 << 20), b""))
-    return total
 
 
 def _fields(prompts: Any) -> tuple[dataclasses.Field[Any], ...]:

@@ -77,6 +77,18 @@ def list_shards(output_file: Path) -> list[Path]:
     return [path for *_, path in sorted(found)]
 
 
+def is_own_name(path: Path, output_file: Path) -> bool:
+    """Whether a file would be taken for a shard, a partial merge or the run folder of an output."""
+    stem = re.escape(output_file.stem)
+    own = re.compile(stem + r"(_rank\d+(\.\d+)?\.jsonl|\.partial\.jsonl)")
+    folder = output_file.absolute().parent
+    inside = folder / f"{output_file.stem}.run"
+    path = path.absolute()
+    return (
+        path.parent == folder and own.fullmatch(path.name) is not None
+    ) or inside in path.parents
+
+
 def rank_of(path: Path) -> int:
     match = re.search(r"_rank(\d+)(?:\.\d+)?\.jsonl$", path.name)
     assert match is not None

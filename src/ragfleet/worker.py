@@ -63,6 +63,7 @@ class _Chunk:
     """A claimed chunk; `outstanding` requests are fed but not yet in the shard."""
 
     number: int
+    generation: int
     rows: Iterator[tuple[int, bytes, int, int, bytes]]
     """(index row, line, line hash, line number, key)"""
     skip: set[bytes]
@@ -150,7 +151,6 @@ class Worker:
             if self.fill(info) or self.try_suspects():
                 for outcome in self.engine.step(_STEP_S):
                     self.finish(outcome)
-                self.expire(info)
                 self.pulse.check()
             elif not self.look_around():
                 break
@@ -201,7 +201,8 @@ class Worker:
 
     def look_around(self) -> bool:
         """Nothing is in flight: wait for what others hold. False when it is time to leave."""
-        self.release_withheld()
+        if not self.draining:
+            self.release_withheld()
         self.counters.state = "waiting"
         while not self.draining:
             self.refresh()
@@ -270,6 +271,7 @@ class Worker:
         self.counters.stolen += claim.chunk not in self.board.slices[self.rank]
         return _Chunk(
             number=claim.chunk,
+            generation=claim.generation,
             rows=zip(
                 rows.tolist(),
                 read_lines(self.input_fd, records["offset"], records["length"]),
@@ -284,8 +286,9 @@ class Worker:
     def close_if_complete(self, chunk: _Chunk) -> None:
         """Mark a chunk finished once its last request is in a shard."""
         if chunk.exhausted and chunk.outstanding == 0:
-            self.counters.generations.pop(chunk.number, None)
-            if chunk.number not in self.counters.superseded:
+            if self.counters.generations.get(chunk.number) == chunk.generation:
+                del self.counters.generations[chunk.number]
+            if (chunk.number, chunk.generation) not in self.counters.superseded:
                 self.store.finish(chunk.number)
                 self._completed.add(chunk.number)
                 self.board.done.add(chunk.number)
@@ -304,8 +307,11 @@ class Worker:
                     return None
             chunk = self._feeding
             for row in chunk.rows:
+                if self.draining:
+                    return None
+                self.pulse.check()
                 item = self.prepare(chunk, *row)
-                if chunk.number in self.counters.superseded:
+                if (chunk.number, chunk.generation) in self.counters.superseded:
                     chunk.rows = iter(())  # somebody believed us dead: the rest is theirs
                 if item is not None:
                     return item
@@ -324,6 +330,12 @@ class Worker:
     ) -> _Item | None:
         """Read, check and render one record; None when it is finished without being sent."""
         if key in chunk.skip:
+            return None
+        if key in self._in_flight:  # from this chunk's earlier claim, which somebody took over
+            item = self._in_flight[key]
+            item.chunk.outstanding -= 1
+            item.chunk = chunk
+            chunk.outstanding += 1
             return None
         if xxhash.xxh3_64_intdigest(line) != line_hash:
             raise InputChanged(
@@ -366,14 +378,6 @@ class Worker:
         seed = self.launch.seed
         return None if seed is None else xxhash.xxh3_64_intdigest(key, seed=seed % 2**64)
 
-    def expire(self, info: EngineInfo) -> None:
-        """Give up on requests that took too long. One that blocks `step` the launcher ends."""
-        if self.timeout_s is not None and not info.may_block:
-            too_old = time.monotonic() - self.timeout_s
-            for item in [item for item in self._in_flight.values() if item.started_s < too_old]:
-                self.engine.abort(item.request.key)
-                self.finish(self.timeout_of(item))
-
     def timeout_of(self, item: _Item) -> Failure:
         return Failure(
             key=item.request.key,
@@ -413,9 +417,9 @@ class Worker:
             self.release_withheld()
             self.counters.succeeded += 1
             self.append(item, completed(item, outcome, inference_time, self.rank))
-        elif outcome.retryable and item.attempts <= self.launch.max_retries and not self.draining:
+        elif outcome.retryable and item.attempts <= self.launch.max_retries:
             item.attempts += 1
-            self._retries.append(item)
+            self._retries.append(item)  # while draining: it is tried again by the next start
         else:
             self.fail(item, outcome, inference_time)
 
@@ -433,17 +437,17 @@ class Worker:
                 line_no=item.line_no,
             )
         row = failed(failure.error_type, failure.error)
-        if inference_time is None:
-            self.append(item, row)
-            return
-        row = Answered(row.answer, inference_time, self.rank, False, row.own)
-        if self._withheld is None:
+        if inference_time is not None:
+            row = Answered(row.answer, inference_time, self.rank, False, row.own)
+        # Costly prompts come first, so too-long ones may well stand together; the others were
+        # found by killing a process, which must not be in vain.
+        if self._withheld is None or failure.error_type in ("too_long", "timeout", "poison"):
             self.append(item, row)
             return
         self._withheld.append((item, row))
         if len(self._withheld) == _BREAKER:
             raise RunError(
-                f"The first {_BREAKER} requests all failed and none succeeded; the last one, line"
+                f"The first {_BREAKER} requests all failed and none succeeded. The last one, line"
                 f" {item.line_no}: {failure.error_type}: {failure.error}\nNone of them counts as"
                 " finished: mend it and run the same command again."
             )

@@ -12,6 +12,7 @@ batched with, and stop strings are found by the tokenizer that writes the answer
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -37,6 +38,7 @@ class Row:
         """Generated tokens with the end marker and those of a stop string (vLLM counts so too)."""
         self.done = False
         self.aborted = False
+        self.timed_out = False
         self.stopped = False
         """Ended by an end marker or a stop string, not by --max_new_tokens."""
         self.broken = False
@@ -92,7 +94,9 @@ class RowStopper(StoppingCriteria):  # type: ignore[misc]
         stops: Sequence[str],
         aborted: Callable[[bytes], bool],
         on_tokens: Callable[[int], None],
+        deadline_s: float,
     ) -> None:
+        """`deadline_s` is monotonic: rows that go on after it have timed out."""
         self._rows = rows
         self._sampler = sampler
         self._tokenizer = tokenizer
@@ -103,6 +107,7 @@ class RowStopper(StoppingCriteria):  # type: ignore[misc]
         self._window = max((len(stop.encode()) for stop in stops), default=0) + 4
         self._aborted = aborted
         self._on_tokens = on_tokens
+        self._deadline_s = deadline_s
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
         # One transfer from the device per step.
@@ -118,13 +123,14 @@ class RowStopper(StoppingCriteria):  # type: ignore[misc]
     def _take(self, row: Row, token: int, broken: bool) -> None:
         row.num_tokens += 1
         row.broken = broken
+        row.timed_out = time.monotonic() > self._deadline_s
         row.aborted = self._aborted(row.prepared.key)
         if token in self._eos_ids:
             row.stopped = True
         else:
             row.token_ids.append(token)
             row.stopped = self._ends_with_stop(row.token_ids)
-        row.done = row.stopped or row.broken or row.aborted
+        row.done = row.stopped or row.broken or row.aborted or row.timed_out
 
     def _ends_with_stop(self, token_ids: list[int]) -> bool:
         if not self._stops:

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import gc
 import logging
+import math
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -231,6 +233,7 @@ class TransformersEngine:
             stops=self._stops,
             aborted=self._aborted.__contains__,
             on_tokens=self._count,
+            deadline_s=time.monotonic() + (self._spec.request_timeout_s or math.inf),
         )
         with torch.inference_mode():
             self._model.generate(
@@ -252,6 +255,13 @@ class TransformersEngine:
 
     def _outcome(self, row: Row) -> Outcome:
         assert self._tokenizer is not None
+        if row.timed_out and not row.stopped:
+            return Failure(
+                key=row.prepared.key,
+                error_type="timeout",
+                error=f"no answer within {self._spec.request_timeout_s:g} s of generating"
+                f" ({row.num_tokens} tokens until then; --request_timeout_s)",
+            )
         if row.broken:
             return Failure(
                 key=row.prepared.key,

@@ -261,10 +261,10 @@ class Supervisor:
     def _replace(self, process: _Process, code: int) -> None:
         rank = process.seat.rank
         log = self._logs / f"worker_{rank}.log"
-        if process.timed_out:
-            self._spawn(process.seat)
-            return
         finished = process.beat.succeeded + process.beat.failed if process.beat else 0
+        if process.timed_out and process.beat is not None and process.beat.succeeded:
+            self._spawn(process.seat)  # one request hung, and others did not
+            return
         how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
         if self._was_trial(process):
             self._on_event(

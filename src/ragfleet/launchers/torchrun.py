@@ -49,9 +49,11 @@ def detect(environ: Mapping[str, str]) -> TorchrunRank | None:
                 "RANK or WORLD_SIZE is set, but torchrun did not start this process. Unset them"
                 " (unset RANK WORLD_SIZE), or start with torchrun --standalone --nproc_per_node=N."
             )
-        if int(environ.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in environ:
+        # Variables of the step: in the batch script itself only those of the job are set.
+        copies = environ.get("SLURM_STEP_NUM_TASKS", "1")
+        if int(copies) > 1 and "SLURM_PROCID" in environ:
             raise ConfigError(
-                f"srun started {environ['SLURM_NTASKS']} copies of this command. Start one"
+                f"srun started {copies} copies of this command. Start one"
                 " (srun --ntasks=1) with --num_workers, or use torchrun."
             )
         return None

@@ -3,8 +3,9 @@
     python benchmarks/by_hand.py contexts.jsonl output.jsonl --passes 3
 
 Three passes: 1. read every line, check it and hash its question and context; 2. answer each
-distinct question, one `write` per answer to a shard of documented rows; 3. merge the shard into
-input order. One pass: read, answer, write.
+distinct question, one `write` per answer to a shard of documented rows; 3. merge: for each line its
+own metadata (equal questions share an answer, not an id) and the answer, read from the shard at its
+offset. One pass: read, answer, write.
 
 This is the fast way to do it with msgspec, and it leaves out what ragfleet is for: nothing is
 resumed, synced or renamed, one bad line ends it, memory holds a Python object per record. The
@@ -33,11 +34,10 @@ class Question(msgspec.Struct):
     context: str
 
 
-class Record(msgspec.Struct):
-    """An input line. Fields that are only copied stay the JSON they came as."""
+class Metadata(msgspec.Struct):
+    """What an output line repeats of an input line. What is only copied stays the JSON it was."""
 
     query: str
-    context: str
     id: Raw = NULL
     original_item_id: Raw = NULL
     query_index: Raw = NULL
@@ -47,6 +47,12 @@ class Record(msgspec.Struct):
     retrieval_method: Raw = NULL
     context_length: Raw = NULL
     retrieval_time: float = 0.0
+
+
+class Record(Metadata, kw_only=True):
+    """An input line."""
+
+    context: str
 
 
 class Result(msgspec.Struct):
@@ -65,15 +71,29 @@ class Result(msgspec.Struct):
     retrieval_time: float
     inference_time: float
     total_time: float
-    worker_rank: int = 0
-    success: bool = True
-    finish_reason: str = "stop"
-    prompt_tokens: int | None = None
-    completion_tokens: int | None = None
+    worker_rank: int
+    success: bool
+    finish_reason: str
+    prompt_tokens: int | None
+    completion_tokens: int | None
+
+
+class Answer(msgspec.Struct):
+    """What pass 3 takes from a row of the shard."""
+
+    answer: str
+    inference_time: float
+    worker_rank: int
+    success: bool
+    finish_reason: str
+    prompt_tokens: int | None
+    completion_tokens: int | None
 
 
 decode_question = msgspec.json.Decoder(Question).decode
 decode_record = msgspec.json.Decoder(Record).decode
+decode_metadata = msgspec.json.Decoder(Metadata).decode
+decode_answer = msgspec.json.Decoder(Answer).decode
 encode = msgspec.json.Encoder().encode
 
 
@@ -82,12 +102,14 @@ def generate(query: str, context: str) -> str:
     return query
 
 
-def answer(line: bytes) -> bytes:
-    """The documented row of one input line."""
-    record = decode_record(line)
+def answer(record: Record) -> Answer:
     started = time.monotonic()
     text = generate(record.query, record.context)
-    seconds = time.monotonic() - started
+    return Answer(text, time.monotonic() - started, 0, True, "stop", None, None)
+
+
+def row(record: Metadata, answer: Answer) -> bytes:
+    """The documented row of one input line."""
     result = Result(
         record.id,
         record.original_item_id,
@@ -98,10 +120,15 @@ def answer(line: bytes) -> bytes:
         record.dependencies,
         record.retrieval_method,
         record.context_length,
-        text,
+        answer.answer,
         record.retrieval_time,
-        seconds,
-        record.retrieval_time + seconds,
+        answer.inference_time,
+        record.retrieval_time + answer.inference_time,
+        answer.worker_rank,
+        answer.success,
+        answer.finish_reason,
+        answer.prompt_tokens,
+        answer.completion_tokens,
     )
     return encode(result) + b"\n"
 
@@ -121,15 +148,20 @@ def three_passes(contexts_file: Path, output_file: Path) -> None:
     with open(contexts_file, "rb", buffering=BUFFER_BYTES) as contexts:
         for key, line in zip(keys, contexts, strict=True):
             if key not in places:
-                row = answer(line)
-                os.write(shard, row)
-                places[key] = (position, len(row))
-                position += len(row)
+                record = decode_record(line)
+                shard_line = row(record, answer(record))
+                os.write(shard, shard_line)
+                places[key] = (position, len(shard_line))
+                position += len(shard_line)
 
-    with open(output_file, "wb", buffering=BUFFER_BYTES) as output:
-        for key in keys:
+    with (
+        open(contexts_file, "rb", buffering=BUFFER_BYTES) as contexts,
+        open(output_file, "wb", buffering=BUFFER_BYTES) as output,
+    ):
+        for key, line in zip(keys, contexts, strict=True):
             offset, length = places[key]
-            output.write(os.pread(shard, length, offset))
+            answered = decode_answer(os.pread(shard, length, offset))
+            output.write(row(decode_metadata(line), answered))
     os.close(shard)
 
 
@@ -139,7 +171,8 @@ def one_pass(contexts_file: Path, output_file: Path) -> None:
         open(output_file, "wb", buffering=BUFFER_BYTES) as output,
     ):
         for line in contexts:
-            output.write(answer(line))
+            record = decode_record(line)
+            output.write(row(record, answer(record)))
 
 
 def main() -> None:

@@ -40,7 +40,6 @@ import psutil
 ROOT: Final = Path(__file__).resolve().parent.parent
 HERE: Final = ROOT / "benchmarks"
 MEMORY_LIMIT_MB: Final = 300
-RECORDS_PER_CONTEXT: Final = 4
 TIMES: Final = ("inference_time", "total_time")
 PACKAGES: Final = ("ragfleet", "msgspec", "numpy", "xxhash", "datatrove", "orjson")
 
@@ -61,11 +60,13 @@ class Measured:
 # ---- the workload
 
 
-def write_workload(path: Path, num_records: int, record_bytes: int, seed: int = 0) -> None:
+def write_workload(
+    path: Path, num_records: int, record_bytes: int, records_per_context: int = 1, seed: int = 0
+) -> None:
     """Records of about this size, with all documented fields and no two equal questions.
 
-    Contexts are cut from the documentation in examples/contexts.jsonl. Each stands in four records
-    on average, anywhere in the file, so that the planned order is not the file's.
+    Contexts are cut from the documentation in examples/contexts.jsonl. Where one stands in several
+    records, they are anywhere in the file, so that the planned order is not the file's.
     """
     draw = random.Random(seed)
     records = [
@@ -77,12 +78,14 @@ def write_workload(path: Path, num_records: int, record_bytes: int, seed: int = 
     # Line ends and quotes take two bytes in JSON.
     rest_bytes = sum(len(msgspec.json.encode({**record, "context": ""})) for record in records)
     size = int((record_bytes - 25 - rest_bytes / len(records)) * 0.965)
-    starts = [draw.randrange(len(text)) for _ in range(max(1, num_records // RECORDS_PER_CONTEXT))]
+    num_contexts = min(max(1, num_records // records_per_context), len(text))
+    starts = draw.sample(range(len(text)), num_contexts)
+    starts = [starts[number % num_contexts] for number in range(num_records)]
+    draw.shuffle(starts)
     text += text[:size]
     with open(path, "wb") as file:
-        for number in range(num_records):
+        for number, start in enumerate(starts):
             record = dict(draw.choice(records))
-            start = draw.choice(starts)
             record["id"] = f"item_{number}_0"
             record["original_item_id"] = f"item_{number}"
             record["query"] = f"{record['query']} (question {number})"
@@ -147,15 +150,15 @@ def commands(contexts: Path, folder: Path) -> dict[str, list[str]]:
     return arms
 
 
-def run_rounds(scratch: Path, num_records: int, record_bytes: int, rounds: int) -> Any:
+def run_rounds(scratch: Path, args: argparse.Namespace) -> Any:
     """[arm][round] Measured."""
     contexts = scratch / "contexts.jsonl"
-    write_workload(contexts, num_records, record_bytes)
-    print(f"{num_records:,} records of {contexts.stat().st_size / num_records:,.0f} bytes")
+    write_workload(contexts, args.records, args.record_bytes, args.records_per_context)
+    print(f"{args.records:,} records of {contexts.stat().st_size / args.records:,.0f} bytes")
     runs: dict[str, list[Measured]] = {}
     folder = scratch / "run"
     outputs: dict[str, Path] = {}
-    for number in range(rounds):
+    for number in range(args.rounds):
         for name, command in commands(contexts, folder).items():
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir()
@@ -165,7 +168,7 @@ def run_rounds(scratch: Path, num_records: int, record_bytes: int, rounds: int) 
                 (folder / "output.jsonl").rename(outputs[name])
         times = ", ".join(f"{name} {measured[-1].wall_s:.2f}" for name, measured in runs.items())
         print(f"round {number + 1}: {times} s", flush=True)
-    check_same(outputs["ragfleet"], outputs["by hand"], num_records)
+    check_same(outputs["ragfleet"], outputs["by hand"], args.records)
     shutil.rmtree(folder)
     return runs
 
@@ -337,6 +340,7 @@ def main() -> None:
     )
     parser.add_argument("--records", type=int, default=100_000)
     parser.add_argument("--record_bytes", type=int, default=2_000)
+    parser.add_argument("--records_per_context", type=int, default=1, help="above 1: scattered")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument(
         "--memory_records", type=int, default=1_000_000, help="0 leaves this part out"
@@ -345,7 +349,7 @@ def main() -> None:
     args = parser.parse_args()
     report: dict[str, Any] = {"environment": environment_facts(), "arguments": vars(args)}
     with tempfile.TemporaryDirectory(prefix="ragfleet-overhead-") as name:
-        runs = run_rounds(Path(name), args.records, args.record_bytes, args.rounds)
+        runs = run_rounds(Path(name), args)
     report["arms"] = summarise(runs, args.records)
     report["ragfleet_phases_s"] = phases(runs["ragfleet"])
     report["rounds"] = {arm: [asdict(run) for run in measured] for arm, measured in runs.items()}

@@ -2,7 +2,8 @@
 
 A pure function of the input, the shards and the selection: run it twice, or over shards in another
 order, and the same bytes come out. Metadata come from the input line, only the answer and its
-figures from the shard. Nothing replaces the output before every row is written and synced.
+figures from the shard; where a shard's row proves to be made from this very line, that is a copy.
+Nothing replaces the output before every row is written and synced.
 """
 
 from __future__ import annotations
@@ -26,12 +27,15 @@ from ragfleet.index import Kind, read_lines
 from ragfleet.records import (
     Answered,
     Head,
+    ShardRow,
     failed,
     from_shard,
     parse_fields,
     parse_head,
     parse_shard_row,
+    place_of,
     result_row,
+    unsealed,
 )
 from ragfleet.shards import Winners, fsync_directory, rank_of
 from ragfleet.summary import MergeStatistics, WorkerStatistics
@@ -41,6 +45,9 @@ UNFINISHED: Final = "unfinished"
 _OTHER_FILES: Final = 64
 _BLOCK: Final = 1 << 15
 _BUFFER_BYTES: Final = 1 << 20
+_NULL: Final = Raw(b"null")
+_EMPTY: Final = Raw(b'""')
+_LENGTH: Final = Raw(b'"length"')
 
 
 @dataclass(frozen=True)
@@ -143,7 +150,6 @@ def _block(
     records = job.records[rows]
     shard_of, readers = _answers(job, records, shards)
     line_hash = xxhash.xxh3_64_intdigest
-    answer: Answered | None
     for row, line, hash_, line_no, leader, kind, shard in zip(
         range(rows.start, rows.stop),
         read_lines(contexts, records["offset"], records["length"]),
@@ -160,16 +166,22 @@ def _block(
                 " finished is safe; run the same command again."
             )
         if kind != Kind.SEND:
-            answer = _not_sent(line, kind, job.drop_failed_contexts, statistics)
+            failure = _not_sent(line, kind, job.drop_failed_contexts, statistics)
+            if failure is not None:
+                yield _row(_readable_fields(line), line_no, failure, job.include_context)
         elif shard < 0:
             statistics.missing += 1
-            answer = failed(UNFINISHED, "no answer yet") if job.mark_unfinished else None
+            if job.mark_unfinished:
+                none = failed(UNFINISHED, "no answer yet")
+                yield _row(parse_fields(line), line_no, none, job.include_context)
         else:
-            answer = from_shard(parse_shard_row(next(readers[shard])))
+            shard_line = next(readers[shard])
+            answer = parse_shard_row(shard_line)
             _count(statistics, answer, by_shard[shard] if leader == row else None)
-        if answer is not None:
-            fields = parse_fields(line) if kind == Kind.SEND else _readable_fields(line)
-            yield _row(fields, line_no, answer, job.include_context)
+            result = unsealed(shard_line, place_of(hash_, line_no, job.include_context))
+            yield result or _row(
+                parse_fields(line), line_no, from_shard(answer), job.include_context
+            )
 
 
 def _answers(
@@ -207,7 +219,7 @@ def _not_sent(
     return failed(error_type, reason)
 
 
-def _count(statistics: MergeStatistics, answer: Answered, worker: WorkerStatistics | None) -> None:
+def _count(statistics: MergeStatistics, answer: ShardRow, worker: WorkerStatistics | None) -> None:
     """`worker` None: the row takes its leader's answer."""
     statistics.rows += 1
     if worker is None:
@@ -216,25 +228,21 @@ def _count(statistics: MergeStatistics, answer: Answered, worker: WorkerStatisti
         statistics.generated += 1
     if not answer.success:
         statistics.failed += 1
-        error_type = _decode(dict(answer.own).get("error_type", b'"unknown"'))
+        error_type = answer.error_type or "unknown"
         statistics.errors[error_type] = statistics.errors.get(error_type, 0) + 1
         if worker is not None:
             worker.failed += 1
         return
     statistics.succeeded += 1
-    (_, finish_reason), (_, prompt_tokens), (_, completion_tokens) = answer.own[:3]
-    statistics.cut_at_max_new_tokens += finish_reason == b'"length"'
-    statistics.empty_answers += answer.answer == b'""'
+    statistics.cut_at_max_new_tokens += answer.finish_reason == _LENGTH
+    statistics.empty_answers += answer.answer == _EMPTY
     if worker is not None:
         worker.succeeded += 1
         worker.inference_time_s += answer.inference_time
-        if prompt_tokens != b"null":
-            statistics.prompt_tokens += int(prompt_tokens)
-        if completion_tokens != b"null":
-            statistics.completion_tokens += int(completion_tokens)
-
-
-_decode = msgspec.json.Decoder(str).decode
+        if answer.prompt_tokens != _NULL:
+            statistics.prompt_tokens += int(bytes(answer.prompt_tokens))
+        if answer.completion_tokens != _NULL:
+            statistics.completion_tokens += int(bytes(answer.completion_tokens))
 
 
 def _readable_fields(line: bytes) -> dict[str, Raw] | None:

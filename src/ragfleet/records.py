@@ -68,7 +68,7 @@ OWN_FIELDS: Final = (
 UNASKED_FIELDS: Final = frozenset({"retrieval_time", "context_length", "success"})
 """Fields that don't change what is asked, even where a user's class may read the whole record."""
 
-SHARD_FIELDS: Final = frozenset({"request_key", "finished_at_ns"})
+SHARD_FIELDS: Final = frozenset({"request_key", "finished_at_ns", "row_check"})
 """A shard line's own bookkeeping: a record's fields of these names only stand in the output."""
 
 _NOT_PASSED_THROUGH: Final = frozenset({*INPUT_FIELDS, *OUTPUT_FIELDS, *OWN_FIELDS})
@@ -119,7 +119,8 @@ def parse_head(line: bytes) -> Head | InvalidRecord:
     """Decode and check one non-blank input line (bytes, with or without its line end)."""
     try:
         head = _decode_head(line)
-        line.decode()  # msgspec skips over unread strings without checking their encoding
+        if not line.isascii():
+            line.decode()  # msgspec skips over unread strings without checking their encoding
     except UnicodeDecodeError as error:
         return InvalidRecord(None, f"not UTF-8 (byte {error.start} of the line)", True)
     except msgspec.ValidationError as error:
@@ -212,18 +213,59 @@ class LazyRecord(Mapping[str, Any]):
 
 
 _decode_text = msgspec.json.Decoder(str).decode
+_decode_method = msgspec.json.Decoder(str | None).decode
 
 
-def parse_sent(line: bytes) -> tuple[dict[str, Raw], str, str, str | None]:
-    """(fields, query, context, retrieval_method) of a line that is known to be valid."""
+class Plain(msgspec.Struct, forbid_unknown_fields=True):
+    """A valid line that has documented fields alone, as most have: the context is decoded with it.
+
+    Its other values stay as they are written, like those of `parse_fields`.
+    """
+
+    query: Raw
+    context: str
+    id: Raw = _ABSENT
+    original_item_id: Raw = _ABSENT
+    query_index: Raw = _ABSENT
+    dedup_key: Raw = _ABSENT
+    target_api: Raw = _ABSENT
+    dependencies: Raw = _ABSENT
+    retrieval_method: Raw = _ABSENT
+    context_length: Raw | UnsetType = UNSET
+    retrieval_time: Raw = _ABSENT
+    success: Raw = _ABSENT
+
+    def raw(self) -> dict[str, Raw]:
+        """What a result repeats of it, as `parse_fields` gives it."""
+        values = msgspec.structs.asdict(self)
+        return {name: value for name, value in values.items() if isinstance(value, Raw)}
+
+
+_decode_plain = msgspec.json.Decoder(Plain).decode
+
+Fields = Mapping[str, Raw] | Plain
+"""What a result repeats of its record."""
+
+
+def parse_sent(line: bytes, with_context: bool = False) -> tuple[Fields, str, str, str | None]:
+    """(fields, query, context, retrieval_method) of a line that is known to be valid.
+
+    Args:
+        with_context: the fields must have the context too, as it is written.
+    """
+    fields: Fields
+    if not with_context:
+        try:
+            fields = plain = _decode_plain(line)
+        except msgspec.ValidationError:
+            pass  # it has fields of its own
+        else:
+            query, method, context = plain.query, plain.retrieval_method, plain.context
+            return fields, _decode_text(query), context, _decode_method(method)
     fields = _decode_fields(line)
-    method = fields.get("retrieval_method")
-    return (
-        fields,
-        _decode_text(fields["query"]),
-        _decode_text(fields["context"]),
-        None if method is None or method == _ABSENT else _decode_text(method),
-    )
+    query, method = fields["query"], fields.get("retrieval_method", _ABSENT)
+    context = _decode_text(fields["context"])
+    return fields, _decode_text(query), context, _decode_method(method)
 
 
 # --------------------------------------------------------------------------------------- keys
@@ -381,7 +423,7 @@ class _Documented(msgspec.Struct):
     dependencies: Raw
     retrieval_method: Raw
     context_length: Raw | int | None
-    answer: Raw
+    answer: Raw | str
     retrieval_time: float
     inference_time: float
     total_time: float
@@ -389,11 +431,21 @@ class _Documented(msgspec.Struct):
     success: bool
 
 
+class _Plain(_Documented):
+    """All of a shard's line, but for its check, where a `Plain` record was simply answered."""
+
+    finish_reason: str
+    prompt_tokens: int | None
+    completion_tokens: int | None
+    request_key: str
+    finished_at_ns: int
+
+
 _OWN_PREFIXES: Final = {name: b',"%b":' % name.encode() for name in OWN_FIELDS}
 
 
 def result_row(
-    fields: Mapping[str, Raw] | None,
+    fields: Fields | None,
     line_id: str,
     answered: Answered,
     *,
@@ -411,13 +463,17 @@ def result_row(
         context_length: characters of the context, for records that do not say.
         extra: further raw members, each led by a comma (the shard's own bookkeeping).
     """
-    row = _join_row(fields or {}, line_id, answered, include_context, context_length, extra)
-    # The search for one byte is much the faster, and most rows have none.
-    if b"\\" in row and b"\\u" in row and fields:
-        # Escapes came in with the raw values: spell the copied values in plain UTF-8.
-        plain = {name: Raw(normalise_json(value)) for name, value in fields.items()}
-        row = _join_row(plain, line_id, answered, include_context, context_length, extra)
+    raw = fields.raw() if isinstance(fields, Plain) else fields or {}
+    row = _join_row(raw, line_id, answered, include_context, context_length, extra)
+    if _has_escapes(row):  # they came in with the raw values: spell those in plain UTF-8
+        raw = {name: Raw(normalise_json(value)) for name, value in raw.items()}
+        row = _join_row(raw, line_id, answered, include_context, context_length, extra)
     return row
+
+
+def _has_escapes(row: bytes) -> bool:
+    # The search for one byte is much the faster, and most rows have none.
+    return b"\\" in row and b"\\u" in row
 
 
 def _join_row(
@@ -430,11 +486,9 @@ def _join_row(
 ) -> bytes:
     get = fields.get
     identifier = get("id", _ABSENT)
-    if identifier == _ABSENT:
-        identifier = Raw(_encode(line_id))
-    retrieval_time = _seconds(get("retrieval_time"))
+    retrieval_time = _seconds(get("retrieval_time", _ABSENT))
     documented = _Documented(
-        identifier,
+        Raw(_encode(line_id)) if identifier == _ABSENT else identifier,
         get("original_item_id", _ABSENT),
         get("query_index", _ABSENT),
         get("dedup_key", _ABSENT),
@@ -463,6 +517,82 @@ def _join_row(
     return b"".join(parts)
 
 
+def plain_row(
+    fields: Plain,
+    line_id: str,
+    *,
+    answer: str,
+    inference_time: float,
+    worker_rank: int,
+    finish_reason: str,
+    prompt_tokens: int | None,
+    completion_tokens: int | None,
+    request_key: str,
+    finished_at_ns: int,
+) -> bytes | None:
+    """A shard's line at once: what `result_row` makes of the same; None where only that can."""
+    identifier, retrieval_time = fields.id, _seconds(fields.retrieval_time)
+    length = fields.context_length
+    row = _Plain(
+        Raw(_encode(line_id)) if identifier == _ABSENT else identifier,
+        fields.original_item_id,
+        fields.query_index,
+        fields.dedup_key,
+        fields.query,
+        fields.target_api,
+        fields.dependencies,
+        fields.retrieval_method,
+        len(fields.context) if length is UNSET else length,
+        answer,
+        retrieval_time,
+        inference_time,
+        microseconds(retrieval_time + inference_time),
+        worker_rank,
+        True,
+        finish_reason,
+        prompt_tokens,
+        completion_tokens,
+        request_key,
+        finished_at_ns,
+    )
+    try:
+        line = _encode(row) + b"\n"
+    except UnicodeEncodeError:  # a lone surrogate in the answer
+        return None
+    return None if _has_escapes(line) else line
+
+
+_ROW_FORMAT: Final = 1
+"""To be raised with any change of what `result_row` makes of the same record and answer."""
+
+_CHECK: Final = b',"row_check":"%b"}\n'
+_CHECK_BYTES: Final = len(_CHECK % bytes(16))
+
+
+def repeats_all(fields: Fields) -> bool:
+    """Whether a shard's row has everything of the record that a result has: see SHARD_FIELDS."""
+    return isinstance(fields, Plain) or fields.keys().isdisjoint(SHARD_FIELDS)
+
+
+def place_of(line_hash: int, line_no: int, include_context: bool) -> int:
+    """What a result depends on besides its answer, in 64 bits."""
+    return (line_hash + 2 * line_no + include_context + (_ROW_FORMAT << 40)) % 2**64
+
+
+def sealed(row: bytes, place: int) -> bytes:
+    """A shard's line: the row with its bookkeeping, and a check that it is this row for `place`."""
+    body = row[:-2]
+    return b"".join((body, _CHECK % xxhash.xxh3_64_hexdigest(body, place).encode()))
+
+
+def unsealed(line: bytes, place: int) -> bytes | None:
+    """The result in a shard's line; None unless it was written, as it is, for just this place."""
+    body = line[:-_CHECK_BYTES]
+    if line[-_CHECK_BYTES:] != _CHECK % xxhash.xxh3_64_hexdigest(body, place).encode():
+        return None
+    return body[: body.rindex(b',"request_key":')] + b"}\n"
+
+
 _MOST_SECONDS: Final = 1e12
 
 
@@ -471,10 +601,8 @@ def microseconds(seconds: float) -> float:
     return int(seconds * 1e6 + 0.5) / 1e6
 
 
-def _seconds(value: Raw | None) -> float:
+def _seconds(value: Raw) -> float:
     """A record's retrieval time in seconds; missing or nonsense counts as 0."""
-    if value is None:
-        return 0.0
     try:
         seconds = _decode_any(value)
     except msgspec.DecodeError:

@@ -10,7 +10,6 @@ import contextlib
 import os
 import re
 import struct
-import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,7 +104,6 @@ class ShardWriter:
     def __init__(self, output_file: Path, rank: int) -> None:
         self._output_file = output_file
         self._rank = rank
-        self._lock = threading.Lock()
         self._fd = -1
         self._unsynced = False
         self.path: Path | None = None
@@ -130,10 +128,6 @@ class ShardWriter:
 
     def append(self, row: bytes) -> None:
         """Write one line at once. A line that does not fit on the disk is torn; readers skip it."""
-        with self._lock:
-            self.append_locked(row)
-
-    def append_locked(self, row: bytes) -> None:
         try:
             written = os.write(self._fd, row)
         except OSError as error:
@@ -142,10 +136,6 @@ class ShardWriter:
             raise StorageError(f"Can't write {self.path}: no space left on the device.")
         self.size_bytes += written
         self._unsynced = True
-
-    def hold(self) -> threading.Lock:
-        """The lock that keeps the file's next line from being written meanwhile."""
-        return self._lock
 
     def sync(self) -> None:
         """Make what was appended survive a power loss."""
@@ -192,12 +182,12 @@ def scan_shards(paths: Sequence[Path]) -> ShardIndex:
     rows = bytearray()
     num_invalid = 0
     for number, path in enumerate(paths):
-        for offset, line, row in _rows(path):
+        for offset, line, key, row in _rows(path):
             if row is None:
                 num_invalid += 1
                 continue
             rows += _pack_answer(
-                bytes.fromhex(row.request_key),
+                key,
                 row.finished_at_ns,
                 offset,
                 len(line),
@@ -211,12 +201,13 @@ def scan_shards(paths: Sequence[Path]) -> ShardIndex:
 def finished_keys(path: Path, start_bytes: int) -> set[bytes]:
     """Keys of the lines of one shard from `start_bytes` on; a shard that is gone has none."""
     try:
-        return {bytes.fromhex(row.request_key) for _, _, row in _rows(path, start_bytes) if row}
+        return {key for *_, key, row in _rows(path, start_bytes) if row}
     except FileNotFoundError:
         return set()
 
 
-def _rows(path: Path, start_bytes: int = 0) -> Iterator[tuple[int, bytes, _ScanRow | None]]:
+def _rows(path: Path, start_bytes: int = 0) -> Iterator[tuple[int, bytes, bytes, _ScanRow | None]]:
+    """(offset, line, key, row) of each line that is not blank; the row is None if it is none."""
     offset = start_bytes
     with open(path, "rb", buffering=_BUFFER_BYTES) as file:
         file.seek(start_bytes)
@@ -224,24 +215,18 @@ def _rows(path: Path, start_bytes: int = 0) -> Iterator[tuple[int, bytes, _ScanR
             row: _ScanRow | None
             try:
                 row = _decode_scan_row(line)
-                line.decode()
-                if not _is_sound(row):
+                key = bytes.fromhex(row.request_key)
+                if not line.isascii():
+                    line.decode()  # msgspec does not look into values that nobody asks for
+                # What types can't say. `fromhex` reads over spaces, so both lengths count.
+                is_key = len(key) == 16 and len(row.request_key) == 32
+                if not is_key or (row.success and row.answer is None):
                     row = None
             except (msgspec.DecodeError, ValueError, RecursionError):
-                row = None
+                row, key = None, b""
             if row is not None or not line.isspace():
-                yield offset, line, row
+                yield offset, line, key, row
             offset += len(line)
-
-
-def _is_sound(row: _ScanRow) -> bool:
-    """What types can't say. `fromhex` reads over spaces, so both lengths count."""
-    key = row.request_key
-    return (
-        len(key) == 32
-        and len(bytes.fromhex(key)) == 16
-        and not (row.success and row.answer is None)
-    )
 
 
 @dataclass(frozen=True)

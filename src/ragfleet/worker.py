@@ -10,7 +10,7 @@ import logging
 import os
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -18,7 +18,6 @@ from typing import Final
 import msgspec
 import numpy as np
 import xxhash
-from msgspec import Raw
 
 from ragfleet.beats import Observer, read_beats
 from ragfleet.claims import Claim, ClaimStore, Holder, Leave, Wait, decide
@@ -40,12 +39,18 @@ from ragfleet.poison import Suspicion
 from ragfleet.pulse import Counters, Pulse
 from ragfleet.records import (
     Answered,
+    Fields,
     LazyRecord,
+    Plain,
     encode_value,
     failed,
     microseconds,
     parse_sent,
+    place_of,
+    plain_row,
+    repeats_all,
     result_row,
+    sealed,
 )
 from ragfleet.shards import ShardWriter, finished_keys
 
@@ -72,14 +77,14 @@ class _Chunk:
     exhausted: bool = False
 
 
-@dataclass(slots=True, eq=False)
-class _Item:
+class _Item(msgspec.Struct, eq=False):
     """One request on its way."""
 
     request: Request
-    fields: Mapping[str, Raw]
+    fields: Fields
     row: int
     line_no: int
+    place: int
     chunk: _Chunk
     prepared: Prepared | None = None
     started_s: float = 0.0
@@ -343,7 +348,7 @@ class Worker:
                 " finished is safe; run the same command again."
             )
         # The hash says that these are the bytes the planner found valid and made the key from.
-        fields, query, context, method = parse_sent(line)
+        fields, query, context, method = parse_sent(line, self.launch.include_context)
         request = Request(
             key=key,
             query=query,
@@ -352,7 +357,8 @@ class Worker:
             record=LazyRecord(line),
             seed=self.seed_of(key),
         )
-        item = _Item(request, fields, row, line_no, chunk)
+        place = place_of(line_hash, line_no, self.launch.include_context)
+        item = _Item(request, fields, row, line_no, place, chunk)
         chunk.outstanding += 1
         if row in self.board.timed_out:
             self.fail(item, self.timeout_of(item), self.timeout_s)
@@ -416,7 +422,7 @@ class Worker:
                 self.show_first(item, outcome, inference_time)
             self.release_withheld()
             self.counters.succeeded += 1
-            self.append(item, completed(item, outcome, inference_time, self.rank))
+            self.append_completion(item, outcome, inference_time)
         elif outcome.retryable and item.attempts <= self.launch.max_retries:
             item.attempts += 1
             self._retries.append(item)  # while draining: it is tried again by the next start
@@ -459,18 +465,45 @@ class Worker:
             for item, row in withheld:
                 self.append(item, row)
 
+    def append_completion(self, item: _Item, completion: Completion, inference_time: float) -> None:
+        fields, prepared, row = item.fields, item.prepared, None
+        assert prepared is not None
+        if (
+            isinstance(fields, Plain)
+            and completion.reasoning is None
+            and not prepared.truncated_tokens
+        ):
+            row = plain_row(
+                fields,
+                f"line:{item.line_no}",
+                answer=completion.text,
+                inference_time=inference_time,
+                worker_rank=self.rank,
+                finish_reason=completion.finish_reason,
+                prompt_tokens=completion.prompt_tokens,
+                completion_tokens=completion.completion_tokens,
+                request_key=item.request.key.hex(),
+                finished_at_ns=time.time_ns(),
+            )
+        if row is None:
+            self.append(item, completed(item, completion, inference_time, self.rank))
+        else:
+            self.write(item, sealed(row, item.place))
+
     def append(self, item: _Item, answered: Answered) -> None:
         key = item.request.key.hex().encode()
-        self.shard.append(
-            result_row(
-                item.fields,
-                f"line:{item.line_no}",
-                answered,
-                include_context=self.launch.include_context,
-                context_length=len(item.request.context),
-                extra=b',"request_key":"%b","finished_at_ns":%d' % (key, time.time_ns()),
-            )
+        row = result_row(
+            item.fields,
+            f"line:{item.line_no}",
+            answered,
+            include_context=self.launch.include_context,
+            context_length=len(item.request.context),
+            extra=b',"request_key":"%b","finished_at_ns":%d' % (key, time.time_ns()),
         )
+        self.write(item, sealed(row, item.place) if repeats_all(item.fields) else row)
+
+    def write(self, item: _Item, row: bytes) -> None:
+        self.shard.append(row)
         chunk = item.chunk
         chunk.outstanding -= 1
         if chunk.exhausted:
@@ -492,14 +525,17 @@ class Worker:
 
 def name_of(item: _Item) -> str:
     """The record's id as in its result. The rest of the record may be more than Python can hold."""
-    value = msgspec.json.decode(item.fields.get("id", b"null"))
+    fields = item.fields
+    value = msgspec.json.decode(
+        fields.id if isinstance(fields, Plain) else fields.get("id", b"null")
+    )
     return f"line:{item.line_no}" if value is None else str(value)
 
 
 def completed(item: _Item, completion: Completion, inference_time: float, rank: int) -> Answered:
     """A success as JSON-ready bytes."""
     own = [
-        ("finish_reason", b'"%b"' % completion.finish_reason.encode()),
+        ("finish_reason", encode_value(completion.finish_reason)),
         ("prompt_tokens", encode_value(completion.prompt_tokens)),
         ("completion_tokens", encode_value(completion.completion_tokens)),
     ]

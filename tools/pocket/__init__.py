@@ -1,0 +1,1 @@
+"""Parts of `train_pocket_model.py`: documentation in, a tiny question-answering model out."""

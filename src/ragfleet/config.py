@@ -51,7 +51,8 @@ class RunConfig:
     output_file: Path
     """JSONL file of results to write: one row per selected line, in input order."""
     model_path: str | None = None
-    """Folder of a local model, or the Hub id with --inference_type huggingface."""
+    """Folder of a local model, `pocket` for the demo model of this package, or the Hub id with
+    --inference_type huggingface."""
     inference_type: InferenceType = "local"
     """Where answers come from: a local folder, a Hugging Face Hub model, or the Together API."""
     max_new_tokens: int = 512

@@ -8,7 +8,7 @@ import ragfleet
 from ragfleet.index import Kind
 from ragfleet.plan import Plan
 from ragfleet.planning import Finished, Indexed
-from ragfleet.preparation import Preparation
+from ragfleet.preparation import Preparation, pocket_folder
 
 
 def header_lines(
@@ -83,7 +83,10 @@ def _model(preparation: Preparation) -> str:
     else:
         origin = "checkpoint's own" if preparation.allocation.gpus_per_worker else "on CPU"
         why = f" ({origin})" if config.precision == "auto" else ""
-        base = f"{config.model_path} · transformers · {preparation.precision}{why}"
+        name = config.model_path
+        if preparation.model_dir == pocket_folder():
+            name = f"{name}, the demo model of 3.8 M parameters"
+        base = f"{name} · transformers · {preparation.precision}{why}"
     return f"{config.inference_class} around {base}" if config.inference_class else base
 
 

@@ -26,6 +26,8 @@ from ragfleet.model_files import chat_template, check_weights, read_json
 from ragfleet.prompts import DEFAULT_SYSTEM_PROMPT, check_template, template_fields
 from ragfleet.shards import is_own_name
 
+POCKET: Final = "pocket"
+"""The name of the demo model that this package brings along."""
 _DTYPES: Final[Mapping[str, Literal["fp32", "fp16", "bf16"]]] = {
     "float32": "fp32",
     "float16": "fp16",
@@ -198,6 +200,8 @@ def find_model(config: RunConfig) -> Path | None:
 
         return download(config.model_path, config.trust_remote_code)
     folder = Path(config.model_path).expanduser().absolute()
+    if config.model_path == POCKET and not folder.is_dir():
+        folder = pocket_folder()
     if not folder.is_dir():
         hint = ""
         if "/" in config.model_path and not config.model_path.startswith((".", "/", "~")):
@@ -205,6 +209,11 @@ def find_model(config: RunConfig) -> Path | None:
         raise ModelError(f"There is no model folder {folder}.{hint}")
     check_weights(folder)
     return folder
+
+
+def pocket_folder() -> Path:
+    """The demo model's folder: only files, no module."""
+    return Path(__file__).parent / "pocket"
 
 
 def needed_bytes(model_dir: Path | None) -> int | None:

@@ -1,4 +1,4 @@
-# make demo    install, make a small model, answer examples/contexts.jsonl with two workers
+# make demo    install, answer examples/contexts.jsonl with two workers
 # make test    install what tests need, lint, run the tests (make test-all: the slow ones too)
 # make fault   seeded schedules of kills and damage, SEEDS=500
 # make lint    ruff, mypy, import-linter, shellcheck
@@ -27,15 +27,13 @@ NEEDS_PYTHON := Python 3.11 or newer is needed
 .DELETE_ON_ERROR:
 .NOTPARALLEL: # two installs into one .venv must not meet
 
-demo: $(LOCAL) demo/model/config.json
+demo: $(LOCAL)
 	$(PY) $(INFER)/multi_worker_inference.py \
 	  --contexts_file examples/contexts.jsonl --output_file demo/results.jsonl \
-	  --model_path demo/model --inference_type local --max_new_tokens 32 --temperature 0 \
+	  --model_path pocket --inference_type local --max_new_tokens 32 --temperature 0 \
 	  --num_workers 2 --device $(DEMO_DEVICE)
-	@$(PY) tools/print_answers.py demo/results.jsonl 3
-
-demo/model/config.json: | $(LOCAL)
-	$(PY) tools/make_small_model.py demo/model
+	@$(PY) tools/print_answers.py demo/results.jsonl --contexts examples/contexts.jsonl \
+	  --ids item_demo_0 item_demo_1 item_demo_2
 
 test: lint
 	$(PY) -m pytest $(PYTEST_FLAGS) -m "not slow"

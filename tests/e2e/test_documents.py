@@ -31,7 +31,7 @@ FIELDS = [
 def test_example_records_have_the_documented_form() -> None:
     text = (ROOT / "examples" / "contexts.jsonl").read_text(encoding="utf-8")
     records = [json.loads(line) for line in text.splitlines()]
-    assert len(records) == len({record["id"] for record in records}) == 324
+    assert len(records) == len({record["id"] for record in records}) == 327
     for record in records:
         extra = [] if record["success"] else ["error"]
         assert list(record) == FIELDS + extra

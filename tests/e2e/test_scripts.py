@@ -211,15 +211,10 @@ def test_dry_run_prints_the_command(scripts: Scripts) -> None:
     assert shown.arguments == []
 
 
-def test_no_model_says_how_to_get_one(scripts: Scripts, tmp_path: Path) -> None:
-    copy = tmp_path / "project" / RUN.relative_to(ROOT)
-    copy.parent.mkdir(parents=True)
-    copy.write_text(RUN.read_text())
-    shown = scripts.run(script=copy, MODEL_PATH="UNSET")
-    assert shown.exit_code == 2
-    assert "run `make demo`" in shown.stderr
-    assert shown.arguments == []
-    shown = scripts.run(script=copy, MODEL_PATH="UNSET", INFERENCE_TYPE="huggingface")
+def test_the_default_model_is_the_demo_model(scripts: Scripts) -> None:
+    shown = scripts.run(MODEL_PATH="UNSET", cwd=scripts.directory)
+    assert shown.flag("--model_path") == "pocket"
+    shown = scripts.run(MODEL_PATH="UNSET", INFERENCE_TYPE="huggingface")
     assert shown.exit_code == 2
     assert "id of a Hub model" in shown.stderr
 
@@ -299,6 +294,26 @@ def test_print_answers_is_safe_on_a_terminal(tmp_path: Path) -> None:
     assert "x" * 400 + "…" in done.stdout
     assert "not shown" not in done.stdout
     assert str(results) in done.stdout
+
+
+def test_print_answers_of_ids_with_their_source(tmp_path: Path) -> None:
+    context = "### m.g (m==1)\ng(b=1)\n\n### m.f (m==1)\nf(b=1)"
+    rows = [
+        {"id": n, "query": "q", "answer": a, "target_api": "m.f", "success": True}
+        for n, a in (("a", "b=1"), ("b", "no"))
+    ]
+    results, contexts = tmp_path / "results.jsonl", tmp_path / "contexts.jsonl"
+    results.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    contexts.write_text("".join(json.dumps({**row, "context": context}) + "\n" for row in rows))
+    command = [str(ROOT / "tools" / "print_answers.py"), str(results), "--contexts", str(contexts)]
+    done = run_python(*command, "--ids", "b", "a")
+    assert done.returncode == 0, done.stderr
+    assert "b: q\n  -> no\n     not word for word in the documentation\n" in done.stdout
+    assert done.stdout.index("b: q") < done.stdout.index("a: q")
+    assert "documentation, line 5: f(b=1)\n" in done.stdout
+    done = run_python(*command, "--ids", "c")
+    assert done.returncode == 1
+    assert "no answer for c" in done.stderr
 
 
 def test_make_names_the_python_it_needs(tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ MAX_SAMPLES_PER_WORKER= # answer only the first so many of each worker's share; 
 
 CONTEXTS_FILE=examples/contexts.jsonl
 OUTPUT_FILE=results/results.jsonl
-MODEL_PATH=demo/model   # the small model that `make demo` makes
+MODEL_PATH=pocket       # the demo model in the package; a folder, or a Hub id, for real answers
 INFERENCE_TYPE=local    # local: a folder; huggingface: MODEL_PATH is a Hub id
 ENGINE=auto
 PRECISION=auto          # auto, fp32, fp16, bf16
@@ -166,7 +166,9 @@ done
 
 # Paths of this file start at the project's root.
 for name in CONTEXTS_FILE OUTPUT_FILE MODEL_PATH; do
-  if [[ $name == MODEL_PATH && $INFERENCE_TYPE != local ]]; then continue; fi
+  if [[ $name == MODEL_PATH && ($INFERENCE_TYPE != local || $MODEL_PATH == pocket) ]]; then
+    continue
+  fi
   if [[ ${origin[$name]} == script && -n ${!name} && ${!name} != /* ]]; then
     printf -v "$name" %s "$prefix${!name}"
   fi
@@ -216,7 +218,7 @@ fi
 if [[ ${origin[MODEL_PATH]} == script && $ENGINE != echo ]]; then
   [[ $INFERENCE_TYPE == local ]] ||
     die "INFERENCE_TYPE=$INFERENCE_TYPE needs a MODEL_PATH: the id of a Hub model"
-  [[ -d $MODEL_PATH ]] ||
-    die "there is no model at $MODEL_PATH yet: run \`make demo\` in $root, or set MODEL_PATH"
+  [[ $MODEL_PATH == pocket || -d $MODEL_PATH ]] ||
+    die "there is no model at $MODEL_PATH: set MODEL_PATH (pocket is the demo model)"
 fi
 exec "${command[@]}"

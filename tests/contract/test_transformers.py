@@ -197,19 +197,30 @@ def test_stop_strings_within_and_across_tokens(
     start: Make, small_model: Path, expected: list[list[int]]
 ) -> None:
     tokenizer = load_tokenizer(small_model)
-    tokens = expected[5]
-    text = tokenizer.decode(tokens)
-    edge = len(tokenizer.decode(tokens[:6]))  # a stop string from the middle of one into the next
-    stop = text[edge - 2 : edge + 2]
-    assert "�" not in stop
+    texts = [tokenizer.decode(tokens) for tokens in expected[:8]]
+
+    def stop_at(row: int, count: int) -> str | None:
+        """From the middle of one token into the next, where the text is whole."""
+        edge = len(tokenizer.decode(expected[row][:count]))
+        stop = texts[row][edge - 2 : edge + 2]
+        ends_in_next = len(tokenizer.decode(expected[row][: count + 1])) >= edge + 2
+        fits = "�" not in texts[row] and texts[row].find(stop) == edge - 2
+        return stop if ends_in_next and fits else None
+
+    row, count, stop = next(
+        (row, count, stop)
+        for row in range(8)
+        for count in range(3, len(expected[row]) - 1)
+        if (stop := stop_at(row, count)) is not None
+    )
     answers = completions(
         start(stop=("never there", stop), max_new_tokens=NEW, batch_size=8), examples()[:8]
     )
-    assert answers[5].text == text[: text.index(stop)]
-    assert answers[5].finish_reason == "stop"
-    assert answers[5].completion_tokens == 7
-    for index in (0, 1, 2, 3):
-        if stop not in tokenizer.decode(expected[index]):
+    assert answers[row].text == texts[row][: texts[row].index(stop)]
+    assert answers[row].finish_reason == "stop"
+    assert answers[row].completion_tokens == count + 1
+    for index in range(4):
+        if stop not in texts[index]:
             assert list(answers[index].token_ids) == expected[index]
 
 

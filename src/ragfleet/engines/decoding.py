@@ -11,6 +11,7 @@ batched with, and stop strings are found by the tokenizer that writes the answer
 
 from __future__ import annotations
 
+import math
 import random
 import time
 from collections.abc import Callable, Sequence
@@ -94,7 +95,7 @@ class RowStopper(StoppingCriteria):  # type: ignore[misc]
         stops: Sequence[str],
         aborted: Callable[[bytes], bool],
         on_tokens: Callable[[int], None],
-        deadline_s: float,
+        deadline_s: float = math.inf,
     ) -> None:
         """`deadline_s` is monotonic: rows that go on after it have timed out."""
         self._rows = rows

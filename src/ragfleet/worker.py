@@ -153,6 +153,8 @@ class Worker:
         self.events.send("ready", info.name, notes=list(info.notes), blocked_after_s=limit_s)
         self.refresh()
         while True:
+            if self.draining and info.survives:
+                break
             if self.fill(info) or self.try_suspects():
                 for outcome in self.engine.step(_STEP_S):
                     self.finish(outcome)
@@ -417,11 +419,15 @@ class Worker:
         self.journal.remove(item.slot)
         inference_time = microseconds(time.monotonic() - item.started_s)
         if isinstance(outcome, Completion):
+            if outcome.inference_time_s is not None:
+                inference_time = microseconds(outcome.inference_time_s)
             if self._is_first:
                 self._is_first = False
                 self.show_first(item, outcome, inference_time)
             self.release_withheld()
             self.counters.succeeded += 1
+            self.counters.prompt_tokens += outcome.prompt_tokens or 0
+            self.counters.completion_tokens += outcome.completion_tokens or 0
             self.append_completion(item, outcome, inference_time)
         elif outcome.retryable and item.attempts <= self.launch.max_retries:
             item.attempts += 1

@@ -32,12 +32,12 @@ from ragfleet.remote.asking import LengthField, RemotePrepared, common_body, pre
 from ragfleet.remote.client import ApiClient
 from ragfleet.remote.gate import Gate
 from ragfleet.remote.headers import read_rates
-from ragfleet.remote.ledger import Budget
+from ragfleet.remote.ledger import budget_of
 from ragfleet.remote.ledger_file import NAME, LedgerFile
 from ragfleet.remote.pacing import WINDOW_S, backoff_s
 from ragfleet.remote.replies import Answer, Fault
 from ragfleet.remote.secret import read_key
-from ragfleet.remote.spec import PROVIDERS, RemoteSpec
+from ragfleet.remote.spec import PROVIDERS
 
 _TIMEOUT_S: Final = 600.0
 _CLOSE_S: Final = 5.0
@@ -234,19 +234,6 @@ class OpenAICompatibleEngine:
             reasoning=answer.reasoning,
             inference_time_s=seconds,
         )
-
-
-def budget_of(remote: RemoteSpec, window_s: float = WINDOW_S) -> Budget:
-    return Budget(
-        requests_per_minute=remote.requests_per_minute,
-        tokens_per_minute=remote.tokens_per_minute,
-        price_in=remote.price_in or 0.0,
-        price_out=remote.price_out or 0.0,
-        max_cost=remote.max_cost,
-        max_tokens_total=remote.max_tokens_total,
-        max_outage_s=remote.max_outage_s,
-        window_s=window_s,
-    )
 
 
 def _outside_of_loops(turn: Callable[[], Any]) -> None:

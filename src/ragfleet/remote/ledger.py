@@ -12,6 +12,7 @@ from typing import Final, Literal
 import msgspec
 
 from ragfleet.remote.pacing import WINDOW_S, Allowance, Pacer
+from ragfleet.remote.spec import RemoteSpec
 
 BLOCK_S: Final = 0.25
 """Worth of the whole run's rate that one worker takes at a time."""
@@ -50,6 +51,19 @@ class Budget(msgspec.Struct, frozen=True, kw_only=True):
         return (self.max_cost is None or self.cost(tokens) <= self.max_cost) and (
             self.max_tokens_total is None or sum(tokens) <= self.max_tokens_total
         )
+
+
+def budget_of(spec: RemoteSpec, window_s: float = WINDOW_S) -> Budget:
+    return Budget(
+        requests_per_minute=spec.requests_per_minute,
+        tokens_per_minute=spec.tokens_per_minute,
+        price_in=spec.price_in or 0.0,
+        price_out=spec.price_out or 0.0,
+        max_cost=spec.max_cost,
+        max_tokens_total=spec.max_tokens_total,
+        max_outage_s=spec.max_outage_s,
+        window_s=window_s,
+    )
 
 
 class Report(msgspec.Struct, kw_only=True):

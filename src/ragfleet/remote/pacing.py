@@ -71,7 +71,9 @@ class Pacer(msgspec.Struct):
         jitter_s = JITTER * window_s
         limit = self.per_minute * window_s / 60.0
         step_s = (window_s + jitter_s) / max(limit - largest, limit / 10)
-        start_s = max(self.next_s, now_s - CREDIT * jitter_s)
+        # Half of the credit makes up for the time between two blocks; the other half is left to
+        # whoever got this one, so that it is not stale at once.
+        start_s = max(self.next_s, now_s - CREDIT / 2 * jitter_s)
         self.next_s = start_s + amount * step_s
         return Allowance(start_s, step_s, amount)
 
@@ -79,7 +81,7 @@ class Pacer(msgspec.Struct):
         """Units of a block that were not used; later blocks move up."""
         if self.per_minute is not None and amount > 0:
             step_s = (1 + JITTER) * 60.0 / self.per_minute
-            earliest_s = now_s - CREDIT * JITTER * window_s
+            earliest_s = now_s - CREDIT / 2 * JITTER * window_s
             self.next_s = max(self.next_s - amount * step_s, earliest_s)
 
     def limit_to(self, per_minute: float) -> None:
@@ -121,6 +123,6 @@ def backoff_s(attempt: int, after_s: float | None, draw: float) -> float:
     The server's Retry-After is a floor, never the moment itself: many wait for the same one.
     """
     longest = min(_LONGEST_S, _BASE_S * 2.0 ** (attempt - 1))
-    if after_s is None:
+    if not after_s:
         return longest * (0.5 + draw / 2)
     return after_s + max(longest, 0.25 * after_s) * draw

@@ -71,8 +71,6 @@ def check_answers(server: FakeServer, output: Path, count: int) -> None:
         prompt = "".join(message["content"] for message in body["messages"])
         own[prompt.rpartition("Question: ")[2]] = answer_to(prompt)
     assert [row["answer"] for row in rows] == [own[row["query"]] for row in rows]
-    charged = sum(arrival.status == 200 for arrival in server.arrivals)
-    assert charged >= count
 
 
 def used_of_the_rate(server: FakeServer, warm_up_s: float, weigh: Any, limit: int) -> float:

@@ -35,6 +35,10 @@ def make_engine(spec: EngineSpec, engine: str, inference_class: str | None = Non
             ) from None
         return TransformersEngine(spec)
     if engine == "openai_compatible":
+        if spec.remote is not None and spec.remote.api_mode == "batch":
+            from ragfleet.engines.openai_batch import OpenAIBatchEngine
+
+            return OpenAIBatchEngine(spec)
         from ragfleet.engines.openai_compatible import OpenAICompatibleEngine
 
         return OpenAICompatibleEngine(spec)

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping
+from collections.abc import Awaitable, Mapping
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -78,6 +79,48 @@ class ApiClient:
             return broken(f"the connection failed ({reason})", "connection", "down"), headers
         except openai.OpenAIError as error:
             return broken(f"the SDK can't read the reply ({type(error).__name__})"), headers
+
+    async def call(
+        self,
+        method: str,
+        path: str,
+        body: Mapping[str, Any] | None = None,
+        query: Mapping[str, str] | None = None,
+    ) -> bytes | Fault:
+        """One call beside the answering of requests. Raises nothing but cancellation."""
+        options: dict[str, Any] = {"params": dict(query)} if query else {}
+        if method == "GET":
+            return await self._bytes_of(self.sdk.get(path, cast_to=httpx.Response, options=options))
+        return await self._bytes_of(
+            self.sdk.post(path, cast_to=httpx.Response, body=body, options=options)
+        )
+
+    async def upload(
+        self, path: str, form: Mapping[str, str], file: Path, name: str
+    ) -> bytes | Fault:
+        """A file as multipart/form-data."""
+        parts = [("file", (name, file.read_bytes(), "application/jsonl"))]
+        options = {"headers": {"Content-Type": "multipart/form-data"}}
+        return await self._bytes_of(
+            self.sdk.post(
+                path, cast_to=httpx.Response, body=dict(form), files=parts, options=options
+            )
+        )
+
+    async def _bytes_of(self, call: Awaitable[Any]) -> bytes | Fault:
+        try:
+            content: bytes = (await call).content
+        except openai.APIStatusError as error:
+            fault = read_reply(error.status_code, error.response.headers, _content(error))
+            cleaned = self.clean(fault)
+            assert isinstance(cleaned, Fault)
+            return cleaned
+        except openai.APIConnectionError as error:
+            reason = type(error.__cause__ or error).__name__
+            return broken(f"the connection failed ({reason})", "connection", "down")
+        except openai.OpenAIError as error:
+            return broken(f"the SDK can't read the reply ({type(error).__name__})")
+        return content
 
     def clean(self, verdict: Answer | Fault) -> Answer | Fault:
         """Without the key, should the server have repeated it."""

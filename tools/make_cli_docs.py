@@ -8,7 +8,17 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-COMMANDS = ("infer", "plan", "show", "status", "merge", "verify", "failures")
+COMMANDS = (
+    "infer",
+    "plan",
+    "show",
+    "status",
+    "merge",
+    "export",
+    "import",
+    "verify",
+    "failures",
+)
 
 
 def help_of(*arguments: str) -> str:

@@ -1,4 +1,4 @@
-"""The command line: `ragfleet infer | plan | show | status | merge`.
+"""The command line: `ragfleet infer | plan | show | status | merge | export | import`.
 
 Owns argument parsing, exit codes and what is printed. Start-up stays instant: each command imports
 what it needs when it runs.
@@ -33,6 +33,8 @@ commands:
   merge    merge what is finished: ragfleet merge --output_file FILE [--partial]
   verify   prove a results file: ragfleet verify CONTEXTS RESULTS
   failures print the input lines that failed: ragfleet failures RESULTS > again.jsonl
+  export   write unfinished requests as a batch file: ragfleet export FILE [options as infer]
+  import   take the replies of such a file: ragfleet import FILE --output_file OUTPUT
 
 ragfleet COMMAND --help lists a command's options. --config FILE.toml gives any of them; options on
 the command line win.
@@ -165,6 +167,38 @@ def _paths(arguments: list[str], usage: str, count: int) -> list[Path]:
     return [Path(text) for text in arguments]
 
 
+def _export(arguments: list[str]) -> int:
+    file, rest = _take_file(arguments, "export")
+    config = parse_config(rest, "ragfleet export FILE")
+    if config is None or file is None:
+        return 0
+    from ragfleet.batch_files import export_requests
+
+    print("\n".join(export_requests(config, file)))
+    return 0
+
+
+def _import(arguments: list[str]) -> int:
+    file, rest = _take_file(arguments, "import")
+    from ragfleet.inspection import OutputOptions
+
+    options = _parse(OutputOptions, rest, "ragfleet import FILE")
+    if options is None or file is None:
+        return 0
+    from ragfleet.batch_files import import_replies
+
+    print("\n".join(import_replies(options.output_file, file)))
+    return 0
+
+
+def _take_file(arguments: list[str], command: str) -> tuple[Path | None, list[str]]:
+    if arguments and not arguments[0].startswith("-"):
+        return Path(arguments[0]), arguments[1:]
+    if set(arguments) & {"-h", "--help"}:
+        return None, arguments
+    raise ConfigError(f"ragfleet {command} needs a file: ragfleet {command} FILE … .")
+
+
 _COMMANDS: Final[dict[str, Callable[[list[str]], int]]] = {
     "infer": _infer,
     "plan": _plan,
@@ -173,6 +207,8 @@ _COMMANDS: Final[dict[str, Callable[[list[str]], int]]] = {
     "merge": _merge,
     "verify": _verify,
     "failures": _failures,
+    "export": _export,
+    "import": _import,
 }
 
 
@@ -191,6 +227,11 @@ def parse_config(arguments: Sequence[str], prog: str, plan: bool = False) -> Run
     from ragfleet.config import RunConfig
 
     arguments = list(arguments)
+    if any(text.partition("=")[0] in ("--api_key", "--api-key") for text in arguments):
+        raise ConfigError(
+            "An API key is not given as a flag, where others can read it: set it in the"
+            " environment (OPENAI_API_KEY, TOGETHER_API_KEY, HF_TOKEN) or use --api_key_file."
+        )
     config_file, arguments = _take_config_option(arguments)
     if config_file is not None:
         arguments = [*_toml_arguments(Path(config_file)), *arguments]

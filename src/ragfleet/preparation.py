@@ -72,9 +72,15 @@ class Preparation:
 
 
 def prepare(
-    config: RunConfig, environ: Mapping[str, str], torchrun: TorchrunRank | None = None
+    config: RunConfig,
+    environ: Mapping[str, str],
+    torchrun: TorchrunRank | None = None,
+    needs_key: bool = True,
 ) -> Preparation:
-    """Raises a UsageError for whatever can be told without loading a model."""
+    """Raises a UsageError for whatever can be told without loading a model.
+
+    `needs_key` False: nothing will be asked of a remote API.
+    """
     check_paths(config)
     num_workers = count_workers(config, torchrun)
     paths = RunPaths(config.output_file.absolute())
@@ -86,6 +92,8 @@ def prepare(
         fields = None
     model_dir = find_model(config)
     remote = remote_spec(config, environ)
+    if remote is not None and needs_key:
+        read_key(remote, environ)  # for its errors alone: workers read it themselves
     engine: EngineKind = "transformers"
     if remote is not None:
         engine = "openai_compatible"
@@ -157,7 +165,7 @@ def prepare(
 
 
 def remote_spec(config: RunConfig, environ: Mapping[str, str]) -> RemoteSpec | None:
-    """The remote API of a run; None where none is asked. Raises ConfigError without its key."""
+    """The remote API of a run; None where none is asked."""
     if not config.is_remote:
         return None
     name: ProviderName = "openai" if config.inference_type == "local" else config.inference_type
@@ -165,7 +173,7 @@ def remote_spec(config: RunConfig, environ: Mapping[str, str]) -> RemoteSpec | N
     url = config.base_url or environ.get(provider.base_url_env or "") or provider.base_url
     model = config.api_model
     assert model is not None
-    spec = RemoteSpec(
+    return RemoteSpec(
         provider=name,
         base_url=url.rstrip("/"),
         model=model,
@@ -188,8 +196,6 @@ def remote_spec(config: RunConfig, environ: Mapping[str, str]) -> RemoteSpec | N
         batch_bytes=provider.batch_bytes,
         batch_poll_s=config.batch_poll_s,
     )
-    read_key(spec, environ)  # for its errors alone: workers read it themselves
-    return spec
 
 
 def remote_parts(remote: RemoteSpec) -> dict[str, Any]:

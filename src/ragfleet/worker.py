@@ -382,9 +382,7 @@ class Worker:
         return item
 
     def seed_of(self, key: bytes) -> int | None:
-        """Each record's own stream, from (seed, key): worker count and order don't matter."""
-        seed = self.launch.seed
-        return None if seed is None else xxhash.xxh3_64_intdigest(key, seed=seed % 2**64)
+        return record_seed(self.launch.seed, key)
 
     def timeout_of(self, item: _Item) -> Failure:
         return Failure(
@@ -527,6 +525,11 @@ class Worker:
             finish_reason=completion.finish_reason,
             seconds=seconds,
         )
+
+
+def record_seed(seed: int | None, key: bytes) -> int | None:
+    """Each record's own stream, from (seed, key): worker count and order don't matter."""
+    return None if seed is None else xxhash.xxh3_64_intdigest(key, seed=seed % 2**64)
 
 
 def name_of(item: _Item) -> str:

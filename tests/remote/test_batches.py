@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -17,12 +18,14 @@ from fake_batches import FakeBatches
 from fake_server import KEY, MODEL, FakeServer, Serve, answer_to
 from test_faults import check_answers, config_for, texts_below
 
+from ragfleet.batch_files import export_requests, import_replies
+from ragfleet.config import RunConfig
 from ragfleet.engines.openai_batch import OpenAIBatchEngine
 from ragfleet.engines.protocol import Completion, EngineSpec, PromptSettings, SamplingParams
 from ragfleet.errors import RemoteError
 from ragfleet.remote.batch_journal import Journal
 from ragfleet.remote.client import ApiClient
-from ragfleet.remote.spec import RemoteSpec
+from ragfleet.remote.spec import PROVIDERS, RemoteSpec
 from ragfleet.runner import run
 
 Start = Callable[..., OpenAIBatchEngine]
@@ -216,3 +219,54 @@ def test_a_run_survives_sigkill_and_resumes_its_batch(
 
 def is_look(method: str, path: str) -> bool:
     return method == "GET" and path.startswith("/v1/batches/")
+
+
+def test_exported_requests_and_imported_replies_make_the_same_rows(
+    serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Somebody else answers the file; what is missing is exported again."""
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    server = serve()
+    config = config_for(server, tmp_path, 30)
+    requests = tmp_path / "requests.jsonl"
+    first, second, then = export_requests_in_two(config, requests, monkeypatch)
+    assert first.startswith("20 requests")
+    assert second.startswith("10 requests")
+    assert str(config.output_file) in then
+    replies = tmp_path / "replies.jsonl"
+    lines = requests.read_bytes().splitlines()
+    replies.write_bytes(answer_lines(server, lines[:15]) + b'{"torn')
+    said = import_replies(config.output_file, replies)
+    assert said[0] == "15 replies taken (0 of them failures)"
+    assert "15 requests remain" in said[-1]
+    again = tmp_path / "again.jsonl"
+    assert export_requests(config, again)[0].startswith("15 requests")
+    replies.write_bytes(answer_lines(server, again.read_bytes().splitlines()))
+    assert import_replies(config.output_file, replies)[-1].startswith("30 rows")
+    for path in (requests, tmp_path / "requests-0002.jsonl", again):
+        server.bodies += [json.loads(line)["body"] for line in path.read_text().splitlines()]
+    check_answers(server, config.output_file, 30)
+    summary = run(config)  # it is the same run: nothing is left
+    assert summary is not None
+    assert summary.answered_now == 0
+
+
+def export_requests_in_two(
+    config: RunConfig, target: Path, monkeypatch: pytest.MonkeyPatch
+) -> list[str]:
+    small = dataclasses.replace(PROVIDERS["openai"], batch_requests=20)
+    with monkeypatch.context() as patch:
+        patch.setitem(PROVIDERS, "openai", small)  # type: ignore[arg-type]
+        return export_requests(config, target)
+
+
+def answer_lines(server: FakeServer, lines: list[bytes]) -> bytes:
+    """As `vllm run-batch` answers."""
+    found = []
+    for line in lines:
+        request = json.loads(line)
+        reply = server.answer(request["body"], "key")
+        response = {"status_code": reply.status, "request_id": "x", "body": reply.body}
+        result = {"id": "x", "custom_id": request["custom_id"], "response": response, "error": None}
+        found.append(json.dumps(result))
+    return "\n".join(found).encode() + b"\n"

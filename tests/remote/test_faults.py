@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -172,3 +174,24 @@ def texts_below(folder: Path) -> list[str]:
     return [
         path.read_bytes().decode(errors="replace") for path in folder.rglob("*") if path.is_file()
     ]
+
+
+@pytest.mark.slow
+def test_torchrun_keeps_the_limit_of_all_ranks_together(serve: Serve, tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    server = serve(latency_s=0.02)
+    config = config_for(server, tmp_path, 200)
+    script = Path(__file__).parents[2] / "utils/RAGutils/queryResultByInfer"
+    command = [
+        str(Path(sys.executable).with_name("torchrun")),
+        "--standalone",
+        "--nproc_per_node=8",
+    ]
+    command += [str(script / "multi_worker_inference.py"), "--inference_type=openai"]
+    for name in ("contexts_file", "output_file", "base_url", "api_model_name", "temperature"):
+        command.append(f"--{name}={getattr(config, name)}")
+    command += ["--max_new_tokens=8", "--max_requests_per_minute=1200"]
+    subprocess.run(command, check=True, timeout=110)
+    check_answers(server, tmp_path / "out.jsonl", 200)
+    arrivals = server.arrivals
+    assert len(arrivals) / (arrivals[-1].at_s - arrivals[0].at_s) <= 1.1 * 1200 / 60

@@ -186,7 +186,7 @@ def test_headers_of_several_providers() -> None:
     }
     rates = read_rates(openai)
     assert (rates.requests_per_minute, rates.tokens_per_minute) == (5000, 160_000)
-    assert rates.pause_s == 6
+    assert rates.pause_s == 1
     daily = {
         "x-ratelimit-limit-requests": "14400",
         "x-ratelimit-remaining-requests": "14370",

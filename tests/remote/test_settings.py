@@ -13,11 +13,18 @@ from ragfleet.config import RunConfig
 from ragfleet.errors import ConfigError
 from ragfleet.preparation import remote_parts, remote_spec
 from ragfleet.remote.secret import ApiKey, read_key
+from ragfleet.remote.spec import RemoteSpec
 
 
 def config(**changes: Any) -> RunConfig:
     settings: dict[str, Any] = {"contexts_file": "a.jsonl", "output_file": "b.jsonl"}
     return RunConfig(**{**settings, "api_model_name": "m", **changes})
+
+
+def spec_of(inference_type: str) -> RemoteSpec:
+    spec = remote_spec(config(inference_type=inference_type), {})
+    assert spec is not None
+    return spec
 
 
 def test_every_row_of_the_table_can_be_configured() -> None:
@@ -83,7 +90,7 @@ def test_a_run_is_told_by_server_and_model_and_never_by_its_key(tmp_path: Path) 
 @pytest.mark.parametrize("inference_type", ["openai", "togetherai"])
 def test_a_missing_key_says_what_to_set(inference_type: str) -> None:
     with pytest.raises(ConfigError, match=r"_API_KEY in the environment.*--api_key_file"):
-        remote_spec(config(inference_type=inference_type), {})
+        read_key(spec_of(inference_type), {})
 
 
 def test_a_key_is_not_shown() -> None:
@@ -91,5 +98,5 @@ def test_a_key_is_not_shown() -> None:
     assert KEY not in f"{key} {key!r}"
     assert key.redact(f"bad {KEY}!") == "bad (API key)!"
     with pytest.raises(ConfigError) as caught:
-        remote_spec(config(inference_type="openai"), {"OPENAI_API_KEY": f"{KEY} x"})
+        read_key(spec_of("openai"), {"OPENAI_API_KEY": f"{KEY} x"})
     assert KEY not in str(caught.value)

@@ -17,6 +17,7 @@ import msgspec
 _UNITS_S: Final = {"d": 86400.0, "h": 3600.0, "m": 60.0, "s": 1.0, "ms": 1e-3, "us": 1e-6}
 _DURATION: Final = re.compile(r"(?:(\d+(?:\.\d+)?)(ms|us|d|h|m|s))")
 _LONGEST_WAIT_S: Final = 3600.0
+_SHARE: Final = 0.05
 
 
 class RateHeaders(msgspec.Struct, frozen=True, kw_only=True):
@@ -76,7 +77,10 @@ def _rate(
         refill_per_s = (limit - remaining) / reset_s
         if refill_per_s < limit / period_s / 2:
             return None, reset_s if remaining <= 0 else None
-    pause_s = reset_s if remaining is not None and remaining <= 0 else None
+    pause_s = None
+    if remaining is not None and remaining <= 0 and reset_s is not None:
+        # Reset is when everything is there again; a twentieth of it is enough to go on with.
+        pause_s = min(reset_s, max(1.0, _SHARE * reset_s))
     return limit * 60.0 / period_s, pause_s
 
 

@@ -104,6 +104,9 @@ def test_moments_missed_are_gone() -> None:
 
 def test_concurrency_grows_slowly_and_halves() -> None:
     flow = Concurrency(64)
+    for _ in range(4 + 8 + 16 + 32):
+        flow.count(refused=False)
+    assert flow.limit == 64
     for _ in range(64):
         flow.count(refused=True)
     assert flow.limit == 32

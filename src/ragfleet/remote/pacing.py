@@ -17,6 +17,7 @@ JITTER: Final = 0.02
 CREDIT: Final = 0.4
 """Of the jitter: how late a moment may still be used."""
 UNLIMITED: Final = 1e12
+_FIRST: Final = 4
 _TROUBLE: Final = 0.2
 """Of a round's replies: up to here single refusals are noise, above it the server is full."""
 _BASE_S: Final = 0.5
@@ -99,11 +100,13 @@ class Concurrency(msgspec.Struct):
 
     most: int
     limit: float = 0.0
+    is_starting: bool = True
+    """Doubling from a few, so that a server can tell its limits before it is flooded."""
     replies: int = 0
     refused: int = 0
 
     def __post_init__(self) -> None:
-        self.limit = self.limit or float(self.most)
+        self.limit = self.limit or float(min(self.most, _FIRST))
 
     def count(self, refused: bool) -> None:
         self.replies += 1
@@ -112,8 +115,10 @@ class Concurrency(msgspec.Struct):
             return
         if self.refused > _TROUBLE * self.replies:
             self.limit = max(1.0, self.limit / 2)
-        elif not self.refused or self.refused < _TROUBLE * self.replies / 2:
-            self.limit = min(float(self.most), self.limit + 1)
+            self.is_starting = False
+        elif self.refused < max(1.0, _TROUBLE * self.replies / 2):
+            more = self.limit if self.is_starting else 1.0
+            self.limit = min(float(self.most), self.limit + more)
         self.replies = self.refused = 0
 
 

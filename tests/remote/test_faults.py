@@ -109,14 +109,10 @@ def test_nothing_is_lost_or_doubled_and_the_key_is_nowhere(serve: Serve, tmp_pat
         assert KEY not in text
 
 
-@pytest.mark.parametrize("fault", ["401", "404"])
-def test_the_run_stops_at_the_first_refusal(serve: Serve, tmp_path: Path, fault: str) -> None:
-    server = serve(key="another" if fault == "401" else None)
-    changes = {"api_model_name": "no-such"} if fault == "404" else {}
-    config = config_for(server, tmp_path, 500, max_concurrency=4, **changes)
-    with pytest.raises(RemoteError) as caught:
-        run(config)
-    assert ("OPENAI_API_KEY" if fault == "401" else "no-such") in str(caught.value)
+def test_the_run_stops_at_the_first_refusal(serve: Serve, tmp_path: Path) -> None:
+    server = serve(key="another")
+    with pytest.raises(RemoteError, match="OPENAI_API_KEY or --api_key_file") as caught:
+        run(config_for(server, tmp_path, 500, max_concurrency=4))
     assert len(server.arrivals) <= 8
     for text in (str(caught.value), *texts_below(tmp_path)):
         assert KEY not in text

@@ -145,6 +145,14 @@ def test_an_outage_ends_the_run() -> None:
     assert exchange(ledger, budget, Report(rank=1, now_s=102.0, down=1)).stop == "outage"
 
 
+@pytest.mark.parametrize(("ever_up", "stop"), [(0, "outage"), (1, "")])
+def test_a_server_that_never_answered_is_not_waited_for_long(ever_up: int, stop: str) -> None:
+    ledger = new_ledger(Budget())
+    exchange(ledger, Budget(), Report(rank=0, now_s=0.5, good=ever_up))
+    exchange(ledger, Budget(), Report(rank=0, now_s=1.0, down=20))
+    assert exchange(ledger, Budget(), Report(rank=0, now_s=400.0, down=1)).stop == stop
+
+
 def test_too_many_retries_end_the_run() -> None:
     ledger = new_ledger(Budget())
     seen = Report(rank=0, now_s=1.0, answered=100, retried=701)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import heapq
+import logging
 import random
 from collections.abc import Callable
 from typing import Final
@@ -17,6 +18,8 @@ from ragfleet.remote.headers import RateHeaders
 from ragfleet.remote.ledger import Lease, Report, Stop
 from ragfleet.remote.pacing import CREDIT, JITTER, WINDOW_S, Allowance, Concurrency
 from ragfleet.remote.replies import Answer, Fault
+
+log = logging.getLogger(__name__)
 
 Exchange = Callable[[Report], Lease]
 
@@ -31,7 +34,10 @@ _CHARGED: Final = frozenset({"bad_reply", "timeout"})
 
 STOPS: Final[dict[Stop, str]] = {
     "spent": "The run has spent what --max_cost or --max_tokens_total allows. Raise it to go on.",
-    "outage": "The server has been dead for longer than --max_outage_s.",
+    "outage": (
+        "The server does not answer, or was dead for longer than --max_outage_s. Check --base_url"
+        " and the server."
+    ),
     "retries": (
         "The server makes more retries than answers: all requests' retries together are used up."
         " Ask it less (--max_concurrency, --max_requests_per_minute), or look at its log."
@@ -183,6 +189,8 @@ class Gate:
         lease = self._lease
         if self.error is not None or lease is None:
             return now_s + _SOONEST_S
+        if lease.is_down and not self.is_down:
+            log.warning("the server is down; it is looked at again and again")
         self.is_down = lease.is_down
         moment = self._moment(ticket, now_s)
         if moment is not None:

@@ -22,6 +22,8 @@ _DOWN: Final = 16
 """So many failures in a row, whoever saw them, mean that the server is dead."""
 _LONGEST_PAUSE_S: Final = 60.0
 _PROBE_S: Final = 30.0
+_NEVER_UP_S: Final = 300.0
+"""How long to wait for the first reply: loading a model takes minutes."""
 _FREE_RETRIES: Final = 500
 _RETRIES_PER_ANSWER: Final = 2
 
@@ -114,6 +116,8 @@ class Ledger(msgspec.Struct, kw_only=True):
     reserved: dict[int, tuple[float, float]] = {}
     answered: int = 0
     retried: int = 0
+    replies: int = 0
+    """Of a server that was there."""
     pause_until_s: float = 0.0
     failures: int = 0
     openings: int = 0
@@ -172,6 +176,7 @@ def exchange(ledger: Ledger, budget: Budget, report: Report) -> Lease:
 def _book(ledger: Ledger, report: Report) -> None:
     ledger.answered += report.answered
     ledger.retried += report.retried
+    ledger.replies += report.good
     ledger.spent = _sum([ledger.spent, report.spent])
     ledger.reserved[report.rank] = report.reserved
     ledger.requests.give_back(report.now_s, report.unused[0])
@@ -209,7 +214,9 @@ def _circuit(ledger: Ledger, report: Report) -> tuple[float, bool]:
 
 
 def _stopped(ledger: Ledger, budget: Budget, report: Report) -> Stop:
-    if ledger.down_since_s and report.now_s - ledger.down_since_s > budget.max_outage_s:
+    # A server that never answered is more likely a wrong --base_url than an outage.
+    patience_s = min(budget.max_outage_s, float("inf") if ledger.replies else _NEVER_UP_S)
+    if ledger.down_since_s and report.now_s - ledger.down_since_s > patience_s:
         return "outage"
     if ledger.retried > _FREE_RETRIES + _RETRIES_PER_ANSWER * ledger.answered:
         return "retries"

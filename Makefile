@@ -30,10 +30,10 @@ NEEDS_PYTHON := Python 3.11 or newer is needed
 demo: $(LOCAL)
 	QUERIES_FILE=examples/queries.jsonl CORPUS_PATH=examples/corpus PYTHON=$(PY) \
 	  CONTEXTS_FILE=demo/contexts.jsonl OUTPUT_FILE=demo/results.jsonl MODEL_PATH=pocket \
-	  MAX_TOKENS=1500 MAX_NEW_TOKENS=32 TEMPERATURE=0 NUM_WORKERS=2 DEVICE=$(DEMO_DEVICE) \
+	  MAX_TOKENS=900 MAX_NEW_TOKENS=32 TEMPERATURE=0 NUM_WORKERS=2 DEVICE=$(DEMO_DEVICE) \
 	  bash $(INFER)/run_complete_pipeline.sh
 	@$(PY) tools/print_answers.py demo/results.jsonl --contexts demo/contexts.jsonl \
-	  --ids question_003 question_064 question_080
+	  --ids demo_0 demo_1 demo_2
 
 test: lint
 	$(PY) -m pytest $(PYTEST_FLAGS) -m "not slow"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -23,7 +23,7 @@ from ragfleet.corpus.download import normal_name
 from ragfleet.corpus.folder import list_corpora
 from ragfleet.errors import InputError
 from ragfleet.events import OnEvent
-from ragfleet.preparation import prepare
+from ragfleet.preparation import find_model, prepare
 from ragfleet.runner import run
 from ragfleet.summary import RunSummary
 
@@ -43,7 +43,7 @@ class PipelineOptions:
     """JSONL file of contexts to write (empty: <output_file's name>.contexts.jsonl)."""
     build_corpora: Literal["missing", "never"] = "missing"
     """missing: ask the package index for corpora that are not there; never: stay offline."""
-    cache_path: Path = field(default_factory=lambda: Path.home() / ".cache" / "ragfleet")
+    cache_path: Path = Path("~/.cache/ragfleet")
     """Where fetched archives are kept."""
     corpus_type: CorpusType = "docstring"
     """What contexts are made of: documentation, or source code."""
@@ -73,9 +73,8 @@ class PipelineOptions:
 
     def contexts_options(self, config: RunConfig) -> ContextsOptions:
         """Tokens are counted by the model that will answer, where its folder is here."""
-        model = config.model_path if config.inference_type == "local" else None
-        if config.engine == "echo":
-            model = None
+        is_here = config.inference_type == "local" and config.engine != "echo"
+        model = find_model(config) if is_here else None
         return ContextsOptions(
             queries_file=self.queries_file,
             corpus_path=self.corpus_path,
@@ -85,7 +84,7 @@ class PipelineOptions:
             embedding_model=self.embedding_model,
             max_documents=self.max_documents,
             max_tokens=self.max_tokens,
-            model_path=model,
+            model_path=None if model is None else str(model),
             enable_str_match=self.enable_str_match,
             nearest_version=self.nearest_version,
             start_index=self.start_index,

@@ -76,7 +76,7 @@ def test_edit_one_document_and_run_again(demo: Path) -> None:
     out = finish(demo)
     assert "Stage 1 of 3, corpora: all there" in out
     before = {row["id"]: row for row in read_rows(demo / "results.jsonl")}
-    assert len(before) == 103
+    assert len(before) == 107
     assert sum(not row["success"] for row in before.values()) == 1
     path = demo / "corpus" / "numpy" / "1.16.6.jsonl"
     rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]

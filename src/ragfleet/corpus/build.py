@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -34,7 +34,7 @@ from ragfleet.corpus.download import (
     parse_requirement,
 )
 from ragfleet.corpus.folder import corpus_file
-from ragfleet.errors import InputError, OutputError, RagfleetError
+from ragfleet.errors import ConfigError, InputError, OutputError, RagfleetError
 
 EXTRACTOR_VERSION: Final = 1
 """Raise it when the same archives give other documents: corpora are then built anew."""
@@ -73,12 +73,19 @@ class BuildOptions:
     """static: parse only. dynamic: also import the package, without network, and merge."""
     python: str | None = None
     """Interpreter for --extractor dynamic: old versions need an old one (empty: this one)."""
-    cache_path: Path = field(default_factory=lambda: Path.home() / ".cache" / "ragfleet")
+    cache_path: Path = Path("~/.cache/ragfleet")
     """Where fetched archives are kept."""
     num_workers: int = 1
     """Packages built at the same time."""
     rebuild: bool = False
     """Build again what is there already."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "cache_path", self.cache_path.expanduser())
+        if self.num_workers < 1:
+            raise ConfigError(f"--num_workers is {self.num_workers}; it must be at least 1.")
+        if self.python is not None and self.extractor != "dynamic":
+            raise ConfigError("--python is for --extractor dynamic; leave one of the two out.")
 
 
 @dataclass(frozen=True)

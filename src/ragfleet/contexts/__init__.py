@@ -1,0 +1,1 @@
+"""From queries to contexts: matching, retrieval over versioned corpora, assembly."""

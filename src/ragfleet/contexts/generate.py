@@ -1,0 +1,364 @@
+"""A whole run: queries in, contexts out, in query order, resumable at any moment.
+
+Distinct questions are retrieved once, in batches, by this process or by several; rows go to an
+append-only log as they come. The output is written from the log at the end, in one rename, so the
+same log always gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import itertools
+import multiprocessing
+import os
+import resource
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+
+from ragfleet.contexts.dense import DENSE_VERSION
+from ragfleet.contexts.lexical import INDEX_VERSION
+from ragfleet.contexts.options import ContextsOptions
+from ragfleet.contexts.queries import Query, read_queries
+from ragfleet.contexts.retrieve import Retriever
+from ragfleet.contexts.rowlog import Freshness, RowLog, row_key
+from ragfleet.contexts.store import CorpusStore, NoCorpus
+from ragfleet.corpus.download import normal_name
+from ragfleet.errors import ConfigError, InputChanged, OutputError, WorkersFailed
+
+BATCH: Final = 64
+_SAY_EVERY_S: Final = 5.0
+_BATCHES_AHEAD: Final = 4
+
+OnText = Callable[[str], None]
+Rows = list[tuple[str, dict[str, str], dict[str, Any]]]
+"""(key, hashes of the corpora's sets of documents, row) each."""
+
+
+@dataclass
+class ContextsSummary:
+    """What a run did. `kept` counts distinct questions whose rows were still good; what failed is
+    tried again each time, for that costs nothing."""
+
+    output_file: Path
+    num_rows: int = 0
+    num_failed: int = 0
+    num_distinct: int = 0
+    kept: int = 0
+    stale: int = 0
+    retrieved: int = 0
+    kinds: Counter[str] = field(default_factory=Counter)
+    errors: Counter[str] = field(default_factory=Counter)
+    seconds: float = 0.0
+    tokens: str = ""
+    worker_bytes: int = 0
+
+    def lines(self) -> list[str]:
+        kinds = ", ".join(f"{count:,} {kind}" for kind, count in self.kinds.most_common())
+        lines = [
+            f"{self.num_rows:,} contexts in {self.output_file} ({kinds or 'none retrieved'}).",
+            f"{self.retrieved:,} distinct questions retrieved, {self.kept:,} kept from before"
+            + (f", {self.stale:,} of the earlier ones touched by a change" if self.stale else "")
+            + f"; {self.seconds:.1f} s; {self.worker_bytes >> 20:,} MiB per worker.",
+            f"Tokens are {self.tokens}.",
+        ]
+        if self.num_failed:
+            reasons = ", ".join(f"{count:,} {kind}" for kind, count in self.errors.most_common())
+            lines.append(f"{self.num_failed:,} rows FAILED: {reasons}. Each says why in `error`.")
+        return lines
+
+
+def generate_contexts(options: ContextsOptions, say: OnText | None = None) -> ContextsSummary:
+    """Raises a UsageError before anything is spent; StorageError or WorkersFailed later on."""
+    say = say or (lambda text: None)
+    started_s = time.monotonic()
+    check_packages()
+    store = CorpusStore(options.corpus_path, options.corpus_type)
+    settings = run_settings(options)
+    next(_selected(options), None)  # a queries file that is no good stops here
+    _check_output(options)
+    folder = options.output_file.with_name(f"{options.output_file.stem}.contexts")
+    summary = ContextsSummary(options.output_file)
+    with _locked(folder):
+        log = RowLog(folder / "rows.jsonl")
+        try:
+            log.load(Freshness(store, options.nearest_version))
+            stale = log.stale
+            used = _retrieve_missing(options, settings, log, summary, say)
+            summary.stale = len(stale & used)
+            _write(options, settings, log, summary)
+        finally:
+            log.close()
+    summary.seconds = time.monotonic() - started_s
+    return summary
+
+
+def check_packages() -> None:
+    import importlib.util
+
+    missing = [name for name in ("bm25s", "packaging") if not importlib.util.find_spec(name)]
+    if missing:
+        raise ConfigError(
+            f"contexts need {' and '.join(missing)}: pip install 'ragfleet[contexts]'."
+        )
+
+
+def run_settings(options: ContextsOptions) -> dict[str, Any]:
+    """What decides a row besides the query and the corpora. No paths: folders move."""
+    tokenizer = None
+    if options.model_path is not None:
+        folder = Path(options.model_path).expanduser()
+        if not folder.is_dir():
+            raise ConfigError(
+                f"--model_path {options.model_path}: there is no such folder, and tokens are"
+                " counted with its tokenizer; leave it out to have them estimated."
+            )
+        digest = hashlib.sha256()
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            path = folder / name
+            digest.update(path.read_bytes() if path.exists() else b"-")
+        tokenizer = digest.hexdigest()[:16]
+    model = options.embedding_model
+    return {
+        "index": [INDEX_VERSION, DENSE_VERSION],
+        "corpus_type": options.corpus_type,
+        "embedding": [options.embedding_source, Path(model).name if model else None],
+        "max_documents": options.max_documents,
+        "max_tokens": options.max_tokens,
+        "tokenizer": tokenizer,
+        "enable_str_match": options.enable_str_match,
+        "nearest_version": options.nearest_version,
+    }
+
+
+def _check_output(options: ContextsOptions) -> None:
+    output = options.output_file
+    if output.is_dir():
+        raise OutputError(f"--output_file {output} is a folder; name a file in it.")
+    if output.exists() and output.samefile(options.queries_file):
+        raise OutputError("--output_file is the queries file itself; name another file.")
+
+
+def _selected(options: ContextsOptions) -> Iterator[Query]:
+    last = None if options.max_samples is None else options.start_index + options.max_samples
+    return itertools.islice(read_queries(options.queries_file), options.start_index, last)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        raise OutputError(f"Can't write to {folder}: {error.strerror}.") from None
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise OutputError(
+                f"Another ragfleet is making these contexts ({folder}); wait for it or stop it."
+            ) from None
+        except OSError:
+            pass  # a file system without locks
+        yield
+    finally:
+        os.close(lock)
+
+
+# ---- retrieving
+
+
+def _retrieve_missing(
+    options: ContextsOptions,
+    settings: dict[str, Any],
+    log: RowLog,
+    summary: ContextsSummary,
+    say: OnText,
+) -> set[str]:
+    """Fill the log; the keys of all selected queries."""
+    failed = 0
+    used: set[str] = set()
+    missing = _missing(options, settings, log, used)
+    batches = iter(lambda: list(itertools.islice(missing, BATCH)), [])
+    told_s = time.monotonic()
+    for rows, worker_bytes, description in _in_order(options, batches):
+        for key, paths, row in rows:
+            log.append(key, paths, row)
+        log.flush()
+        summary.retrieved += sum(row["success"] for _, _, row in rows)
+        failed += sum(not row["success"] for _, _, row in rows)
+        summary.worker_bytes = max(summary.worker_bytes, worker_bytes)
+        summary.tokens = description
+        if time.monotonic() - told_s > _SAY_EVERY_S:
+            told_s = time.monotonic()
+            say(f"{summary.retrieved:,} distinct questions retrieved")
+    summary.num_distinct = len(used)
+    summary.kept = len(used) - summary.retrieved - failed
+    if not summary.tokens:
+        from ragfleet.contexts.assembly import TokenCounter
+
+        summary.tokens = TokenCounter(options.model_path).description
+        summary.worker_bytes = _own_bytes()
+    return used
+
+
+def _missing(
+    options: ContextsOptions, settings: dict[str, Any], log: RowLog, used: set[str]
+) -> Iterator[tuple[str, Query]]:
+    for query in _selected(options):
+        key = row_key(query, settings)
+        if key not in used:
+            used.add(key)
+            if key not in log:
+                yield key, query
+
+
+Batch = list[tuple[str, Query]]
+
+
+def _in_order(
+    options: ContextsOptions, batches: Iterable[Batch]
+) -> Iterator[tuple[Rows, int, str]]:
+    """Rows of each batch, in order, computed here or by workers; few batches wait at a time."""
+    if options.num_workers == 1:
+        try:
+            for batch in batches:
+                _start_worker(options)
+                yield _rows_of(batch)
+        finally:
+            _PROCESS.clear()
+        return
+    with ProcessPoolExecutor(
+        options.num_workers,
+        mp_context=multiprocessing.get_context("spawn"),
+        initializer=_start_process,
+        initargs=(options, os.getpid()),
+    ) as pool:
+        waiting: deque[Future[tuple[Rows, int, str]]] = deque()
+        try:
+            # One worker makes the indexes that are not there; the others find them.
+            pool.submit(_prepare, _needed(options)).result()
+            for batch in batches:
+                waiting.append(pool.submit(_rows_of, batch))
+                if len(waiting) > options.num_workers * _BATCHES_AHEAD:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        except BrokenProcessPool:
+            raise WorkersFailed(
+                "A worker died (out of memory?). What is retrieved is kept: run the same command"
+                " again, with fewer workers."
+            ) from None
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+_PROCESS: Final[dict[str, Retriever]] = {}
+"""The retriever of this process: a pool's workers have no other place for it."""
+
+
+def _start_process(options: ContextsOptions, parent: int) -> None:
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1.0)
+        os._exit(1)  # no orphan goes on after a killed command
+
+    threading.Thread(target=watch, daemon=True).start()
+    _start_worker(options)
+
+
+def _start_worker(options: ContextsOptions) -> None:
+    if "retriever" not in _PROCESS:
+        _PROCESS["retriever"] = Retriever(options)
+
+
+def _needed(options: ContextsOptions) -> list[tuple[str, str]]:
+    """(package, version) of every corpus the queries lead to."""
+    store = CorpusStore(options.corpus_path, options.corpus_type)
+    needed: dict[tuple[str, str], None] = {}
+    for query in _selected(options):
+        for package, versions in query.dependencies.items():
+            with contextlib.suppress(NoCorpus):
+                version = store.resolve(package, versions, options.nearest_version)
+                needed[normal_name(package), version] = None
+    return list(needed)
+
+
+def _prepare(corpora: list[tuple[str, str]]) -> None:
+    retriever = _PROCESS["retriever"]
+    for package, version in corpora:
+        retriever.searcher.prepare(retriever.store.load(package, version))
+
+
+def _rows_of(batch: Batch) -> tuple[Rows, int, str]:
+    retriever = _PROCESS["retriever"]
+    rows = retriever.rows([query for _, query in batch])
+    found: Rows = []
+    for (key, _), row in zip(batch, rows, strict=True):
+        versions = row.get("resolved_versions", {})
+        paths = {
+            f"{package}=={version}": retriever.store.load(package, version).paths_hash
+            for package, version in versions.items()
+        }
+        found.append((key, paths, row))
+    return found, _own_bytes(), retriever.counter.description
+
+
+def _own_bytes() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+# ---- writing
+
+
+def _write(
+    options: ContextsOptions, settings: dict[str, Any], log: RowLog, summary: ContextsSummary
+) -> None:
+    output = options.output_file
+    output.parent.mkdir(parents=True, exist_ok=True)
+    temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
+    encode = msgspec.json.Encoder().encode
+    try:
+        with log.reader() as read, open(temporary, "wb") as file:
+            for query in _selected(options):
+                key = row_key(query, settings)
+                if key not in log:
+                    raise InputChanged(
+                        f"{options.queries_file} was edited while it was read; run the same command"
+                        " again."
+                    )
+                row = _as_asked(read(key), query)
+                summary.num_rows += 1
+                if row["success"]:
+                    summary.kinds[row.get("match_kind", "")] += 1
+                else:
+                    summary.num_failed += 1
+                    summary.errors[row.get("error_type", "")] += 1
+                file.write(encode(row) + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(output)
+    except OSError as error:
+        raise OutputError(f"Can't write {output}: {error.strerror}.") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _as_asked(row: dict[str, Any], query: Query) -> dict[str, Any]:
+    """The row of an equal question, under this query's own ids and with its own fields."""
+    row["id"] = query.id
+    row["original_item_id"] = query.original_item_id
+    row["query_index"] = query.query_index
+    for name, value in query.extra.items():
+        row.setdefault(name, value)
+    return row

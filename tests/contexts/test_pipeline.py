@@ -1,0 +1,157 @@
+"""The whole pipeline as a user runs it: killed and run again, edited and run again."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from making import EXAMPLES, ROOT, read_rows, write_corpus
+
+from ragfleet.cli import main
+from ragfleet.pipeline import PipelineOptions, missing_corpora
+
+SCRIPT = ROOT / "utils" / "RAGutils" / "queryResultByInfer" / "run_complete_pipeline.sh"
+TIMES = {"retrieval_time": 0, "inference_time": 0, "total_time": 0, "worker_rank": None}
+
+
+def settings(folder: Path, **more: str) -> dict[str, str]:
+    return {
+        "PATH": os.environ["PATH"],
+        "HOME": str(folder),
+        "PYTHON": sys.executable,
+        "ENGINE": "echo",
+        "QUERIES_FILE": str(folder / "queries.jsonl"),
+        "CORPUS_PATH": str(folder / "corpus"),
+        "CONTEXTS_FILE": str(folder / "contexts.jsonl"),
+        "OUTPUT_FILE": str(folder / "results.jsonl"),
+        "TEMPERATURE": "0",
+        "MAX_TOKENS": "500",
+        "MODEL_PATH": "",
+        **more,
+    }
+
+
+def start(folder: Path, **more: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        ["bash", str(SCRIPT)],
+        env=settings(folder, **more),
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def finish(folder: Path, **more: str) -> str:
+    process = start(folder, **more)
+    out, _ = process.communicate(timeout=100)
+    assert process.returncode == 0, out
+    return out
+
+
+def untimed(path: Path) -> list[dict[str, Any]]:
+    return [row | TIMES for row in read_rows(path)]
+
+
+@pytest.fixture
+def demo(tmp_path: Path) -> Path:
+    shutil.copytree(
+        EXAMPLES / "corpus", tmp_path / "corpus", ignore=shutil.ignore_patterns(".index")
+    )
+    shutil.copy(EXAMPLES / "queries.jsonl", tmp_path)
+    return tmp_path
+
+
+def test_edit_one_document_and_run_again(demo: Path) -> None:
+    out = finish(demo)
+    assert "Stage 1 of 3, corpora: all there" in out
+    before = {row["id"]: row for row in read_rows(demo / "results.jsonl")}
+    assert len(before) == 107
+    assert sum(not row["success"] for row in before.values()) == 1
+    path = demo / "corpus" / "numpy" / "1.16.6.jsonl"
+    rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    edited = next(row for row in rows if row["path"] == "numpy.linalg.inv")
+    edited["doc"] = edited["doc"].replace("inverse", "reciprocal", 1)
+    del edited["doc_sha1"]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    used = {
+        name
+        for name, row in before.items()
+        if any(item["path"] == "numpy.linalg.inv" for item in row.get("documents", []))
+    }
+    out = finish(demo)
+    after = {row["id"]: row for row in read_rows(demo / "results.jsonl")}
+    timed = {name: row["inference_time"] for name, row in before.items()}
+    again = {name for name, row in after.items() if row["inference_time"] != timed[name]}
+    assert used
+    assert again <= used
+    assert {name for name in used if before[name] != after[name]} == used
+    assert f"{len(used)} of the earlier ones touched by a change" in out
+    # The same again: nothing is retrieved, nothing is generated.
+    contexts = (demo / "contexts.jsonl").read_bytes()
+    out = finish(demo)
+    assert "0 distinct questions retrieved" in out
+    assert (demo / "contexts.jsonl").read_bytes() == contexts
+    assert untimed(demo / "results.jsonl") == [row | TIMES for row in after.values()]
+
+
+def test_killed_at_random_moments(demo: Path) -> None:
+    whole = demo / "whole"
+    shutil.copytree(demo / "corpus", whole / "corpus")
+    shutil.copy(demo / "queries.jsonl", whole)
+    started = time.monotonic()
+    finish(whole)
+    seconds = time.monotonic() - started
+    moments = random.Random(5)
+    for _ in range(3):
+        process = start(demo)
+        time.sleep(moments.uniform(0.1, 0.9) * seconds)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+    finish(demo)
+    assert untimed(demo / "results.jsonl") == untimed(whole / "results.jsonl")
+    assert untimed(demo / "contexts.jsonl") == untimed(whole / "contexts.jsonl")
+
+
+def test_what_is_wrong_is_said_before_anything_runs(
+    demo: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--queries_file", str(demo / "queries.jsonl"), "--corpus_path", str(demo / "corpus")]
+    flags += ["--output_file", str(demo / "r.jsonl")]
+    assert main(["pipeline", *flags, "--model_path", str(demo / "no-model")]) == 2
+    assert "no model folder" in capsys.readouterr().err
+    assert not (demo / "r.contexts.jsonl").exists()
+    assert main(["pipeline", "--queries_file", "none", *flags[2:], "--engine", "echo"]) == 2
+    assert "no queries file none" in capsys.readouterr().err
+
+
+def test_one_config_file(demo: Path) -> None:
+    config = demo / "run.toml"
+    config.write_text(
+        f'queries_file = "{demo / "queries.jsonl"}"\ncorpus_path = "{demo / "corpus"}"\n'
+        f'output_file = "{demo / "r.jsonl"}"\nengine = "echo"\nmax_tokens = 300\nmax_samples = 5\n'
+    )
+    flags = ["--build_corpora=never", "--temperature=0"]
+    assert main(["pipeline", "--config", str(config), *flags]) == 0
+    assert len(read_rows(demo / "r.jsonl")) == len(read_rows(demo / "r.contexts.jsonl")) == 5
+
+
+def test_private_packages_are_never_asked_for(tmp_path: Path) -> None:
+    """Their names are nobody's business, and a stranger's package of that name is no answer."""
+    write_corpus(tmp_path / "corpus", "private", "1.0", [{"path": "private.f", "doc": "d"}])
+    queries = tmp_path / "q.jsonl"
+    rows = [{"query": "q", "dependencies": {"private": "2.0"}}]
+    rows += [{"query": "q", "dependencies": {"numpy": "1.16.6", "broken": "not a version"}}]
+    queries.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = PipelineOptions(queries_file=queries, corpus_path=tmp_path / "corpus")
+    assert missing_corpora(options) == ["numpy==1.16.6"]

@@ -8,7 +8,10 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-COMMANDS = ("infer", "plan", "show", "status", "merge", "verify", "failures")
+COMMANDS = (
+    *("infer", "plan", "show", "status", "merge", "verify", "failures"),
+    *("corpus build", "contexts", "pipeline"),
+)
 
 
 def help_of(*arguments: str) -> str:
@@ -31,7 +34,7 @@ def page() -> str:
         f"```\n{help_of()}\n```",
     ]
     for command in COMMANDS:
-        parts += [f"## ragfleet {command}", f"```\n{help_of(command)}\n```"]
+        parts += [f"## ragfleet {command}", f"```\n{help_of(*command.split())}\n```"]
     return "\n\n".join(parts) + "\n"
 
 

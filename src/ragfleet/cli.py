@@ -1,4 +1,4 @@
-"""The command line: `ragfleet infer | plan | show | status | merge`.
+"""The command line: `ragfleet infer | plan | show | status | merge | corpus | contexts | pipeline`.
 
 Owns argument parsing, exit codes and what is printed. Start-up stays instant: each command imports
 what it needs when it runs.
@@ -33,6 +33,9 @@ commands:
   merge    merge what is finished: ragfleet merge --output_file FILE [--partial]
   verify   prove a results file: ragfleet verify CONTEXTS RESULTS
   failures print the input lines that failed: ragfleet failures RESULTS > again.jsonl
+  corpus   make API corpora: ragfleet corpus build PACKAGE==VERSION …; check DIR
+  contexts generate a context for every query of a file
+  pipeline corpora, contexts and answers in one go: queries in, results out
 
 ragfleet COMMAND --help lists a command's options. --config FILE.toml gives any of them; options on
 the command line win.
@@ -82,7 +85,7 @@ def _infer(arguments: list[str]) -> int:
     from ragfleet.monitor.statistics import full_text
     from ragfleet.runner import run
 
-    _interrupt_on_signals()
+    interrupt_on_signals()
     with Console(verbose=config.verbose) as console:
         summary = run(config, console)
     if summary is None:  # a torchrun rank above 0: rank 0 tells
@@ -123,7 +126,7 @@ def _show(arguments: list[str]) -> int:
 def _status(arguments: list[str]) -> int:
     from ragfleet.inspection import OutputOptions, status_lines
 
-    options = _parse(OutputOptions, arguments, "ragfleet status")
+    options = parse(OutputOptions, arguments, "ragfleet status")
     if options is not None:
         print("\n".join(status_lines(options)))
     return 0
@@ -132,7 +135,7 @@ def _status(arguments: list[str]) -> int:
 def _merge(arguments: list[str]) -> int:
     from ragfleet.inspection import MergeOptions, merge_now
 
-    options = _parse(MergeOptions, arguments, "ragfleet merge")
+    options = parse(MergeOptions, arguments, "ragfleet merge")
     if options is not None:
         print(merge_now(options))
     return 0
@@ -165,6 +168,24 @@ def _paths(arguments: list[str], usage: str, count: int) -> list[Path]:
     return [Path(text) for text in arguments]
 
 
+def _corpus(arguments: list[str]) -> int:
+    from ragfleet.context_commands import corpus
+
+    return corpus(arguments)
+
+
+def _contexts(arguments: list[str]) -> int:
+    from ragfleet.context_commands import contexts
+
+    return contexts(arguments)
+
+
+def _pipeline(arguments: list[str]) -> int:
+    from ragfleet.context_commands import pipeline
+
+    return pipeline(arguments)
+
+
 _COMMANDS: Final[dict[str, Callable[[list[str]], int]]] = {
     "infer": _infer,
     "plan": _plan,
@@ -173,6 +194,9 @@ _COMMANDS: Final[dict[str, Callable[[list[str]], int]]] = {
     "merge": _merge,
     "verify": _verify,
     "failures": _failures,
+    "corpus": _corpus,
+    "contexts": _contexts,
+    "pipeline": _pipeline,
 }
 
 
@@ -191,17 +215,17 @@ def parse_config(arguments: Sequence[str], prog: str, plan: bool = False) -> Run
     from ragfleet.config import RunConfig
 
     arguments = list(arguments)
-    config_file, arguments = _take_config_option(arguments)
+    config_file, arguments = take_config_option(arguments)
     if config_file is not None:
-        arguments = [*_toml_arguments(Path(config_file)), *arguments]
+        arguments = [*toml_arguments(Path(config_file), RunConfig), *arguments]
     names = {text.partition("=")[0].replace("-", "_") for text in arguments}
     if plan and "__output_file" not in names:
         arguments = ["--output_file", "results.jsonl", *arguments]
-    config: RunConfig | None = _parse(RunConfig, arguments, prog)
+    config: RunConfig | None = parse(RunConfig, arguments, prog)
     return config
 
 
-def _parse(kind: type[Any], arguments: Sequence[str], prog: str) -> Any:
+def parse(kind: type[Any], arguments: Sequence[str], prog: str) -> Any:
     import tyro
 
     try:
@@ -250,7 +274,7 @@ def _registry() -> Any:
     return registry
 
 
-def _take_config_option(arguments: list[str]) -> tuple[str | None, list[str]]:
+def take_config_option(arguments: list[str]) -> tuple[str | None, list[str]]:
     for number, text in enumerate(arguments):
         if text == "--config":
             if number + 1 == len(arguments):
@@ -261,14 +285,12 @@ def _take_config_option(arguments: list[str]) -> tuple[str | None, list[str]]:
     return None, arguments
 
 
-def _toml_arguments(path: Path) -> list[str]:
+def toml_arguments(path: Path, *kinds: type[Any]) -> list[str]:
     """The options a TOML file stands for; those of the command line come later and win."""
     import dataclasses
     import difflib
     import json
     import tomllib
-
-    from ragfleet.config import RunConfig
 
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -276,7 +298,7 @@ def _toml_arguments(path: Path) -> list[str]:
         raise ConfigError(f"--config {path} can't be read: {error}") from None
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"--config {path} is not valid TOML: {error}") from None
-    known = {field.name for field in dataclasses.fields(RunConfig)}
+    known = {field.name for kind in kinds for field in dataclasses.fields(kind)}
     arguments = []
     for name, value in table.items():
         key = name.replace("-", "_")
@@ -298,8 +320,10 @@ def _toml_arguments(path: Path) -> list[str]:
 
 # ---- signals and errors
 
+_RESUMABLE: Final = ("infer", "contexts", "pipeline")
 
-def _interrupt_on_signals() -> None:
+
+def interrupt_on_signals() -> None:
     """Leave reading and merging cleanly too; while workers run, their supervisor has the signals.
 
     What is ignored from the start (nohup) stays ignored.
@@ -316,7 +340,7 @@ def _interrupt_on_signals() -> None:
 
 def _report(error: RagfleetError, arguments: list[str]) -> None:
     text = str(error)
-    resumable = isinstance(error, Interrupted | RunError) and arguments[0] == "infer"
+    resumable = isinstance(error, Interrupted | RunError) and arguments[0] in _RESUMABLE
     if resumable:
         text += f"\nGo on with:\n  {resume_command(arguments)}"
     from ragfleet.monitor.console import printable
@@ -344,11 +368,11 @@ def resume_command(arguments: Sequence[str]) -> str:
     if "TORCHELASTIC_RUN_ID" in os.environ:
         processes = os.environ.get("LOCAL_WORLD_SIZE", "1")
         words = ["torchrun", "--standalone", f"--nproc_per_node={processes}"]
-        words += [script] if script else ["-m", "ragfleet", "infer"]
+        words += [script] if script else ["-m", "ragfleet", arguments[0]]
     elif script:
         words = [_python(), script]
     else:
-        words = ["ragfleet", "infer"]
+        words = ["ragfleet", arguments[0]]
     if any(text.partition("=")[0] == "--config" for text in rest):
         rest.append("--no_overwrite")  # the file may hold it
     return shlex.join([*words, *rest])

@@ -10,6 +10,9 @@ from pathlib import Path
 import pytest
 
 from ragfleet import RunConfig
+from ragfleet.contexts.options import ContextsOptions
+from ragfleet.corpus.build import BuildOptions
+from ragfleet.pipeline import PipelineOptions
 
 ROOT = Path(__file__).resolve().parents[2]
 FIELDS = [
@@ -73,7 +76,8 @@ def test_flags_in_the_documents_exist(document: str) -> None:
     others = {"config", "contexts-file", "partial", "skip-inference"}
     others |= {"standalone", "nproc_per_node", "max-restarts"}
     named = set(re.findall(r"--([a-z][a-z_-]+)", (ROOT / document).read_text(encoding="utf-8")))
-    assert named - others <= {field.name for field in dataclasses.fields(RunConfig)}
+    settings = (RunConfig, BuildOptions, ContextsOptions, PipelineOptions)
+    assert named - others <= {field.name for kind in settings for field in dataclasses.fields(kind)}
 
 
 def test_the_script_sets_only_what_exists() -> None:

@@ -232,11 +232,18 @@ def test_started_with_sh(scripts: Scripts) -> None:
     assert "--num_workers 2" in done.stdout
 
 
-def test_the_pipeline_says_what_it_leaves_out(scripts: Scripts) -> None:
-    shown = scripts.run("--seed", "3", script=PIPELINE, CONTEXTS_FILE="mine.jsonl")
+def test_the_pipeline_has_settings_of_both(scripts: Scripts) -> None:
+    shown = scripts.run("--seed", "3", script=PIPELINE, CONTEXTS_FILE="mine.jsonl", MAX_TOKENS="9")
     assert shown.exit_code == 7, shown.stderr
-    assert "does not generate contexts" in shown.stdout
+    assert shown.arguments[0].endswith("/complete_pipeline.py")
     assert shown.settings["CONTEXTS_FILE"] == ("mine.jsonl", "environment")
+    assert shown.settings["QUERIES_FILE"] == ("examples/queries.jsonl", "script")
+    assert shown.flag("--max_tokens") == "9"
+    assert "--enable_str_match" in shown.arguments
+    off = scripts.run("--max_documents", "3", script=PIPELINE, ENABLE_STR_MATCH="false")
+    assert "--no_enable_str_match" in off.arguments
+    assert off.flag("--max_documents") == "3"
+    assert scripts.run(script=PIPELINE, ENABLE_STR_MATCH="perhaps").exit_code == 2
     assert shown.flag("--contexts_file") == "mine.jsonl"
     assert shown.arguments[-2:] == ["--seed", "3"]
     assert f"pid {shown.pid}\n" in shown.stdout

@@ -44,13 +44,13 @@ def __getattr__(name):
     raise AttributeError("multi_worker_inference has no attribute " + repr(name))
 
 
-def main(argv):
-    """Run `ragfleet infer` with these arguments and return its exit code."""
+def main(argv, command="infer"):
+    """Run `ragfleet infer` (or another command) with these arguments and return its exit code."""
     # Workers are processes of their own, and a user's file may import its base class from here.
     inherited = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = HERE + (os.pathsep + inherited if inherited else "")
     arguments = list(argv)
-    arguments.insert(0, "infer")
+    arguments.insert(0, command)
     try:
         from ragfleet.cli import main as ragfleet
 

@@ -1,13 +1,38 @@
 #!/usr/bin/env bash
-# The whole way from queries to answers: generate contexts, then answer them.
+# shellcheck disable=SC2034  # the settings are read by their names, in the file sourced below
 #
-# This version does not generate contexts yet, so this runs the second half: it takes the settings,
-# CONFIG, environment and flags of run_multi_worker_inference.sh, and answers its CONTEXTS_FILE.
+# The whole way from queries to answers: corpora (made where missing) -> contexts -> answers.
+#
+#   bash run_complete_pipeline.sh                               the settings below as they are
+#   CONFIG=my.env bash run_complete_pipeline.sh                 a file of KEY=VALUE lines
+#   QUERIES_FILE=mine.jsonl bash run_complete_pipeline.sh       the environment
+#   bash run_complete_pipeline.sh --max_documents 5             any flag of `ragfleet pipeline`
+#
+# The settings for answering (model, workers, GPUs, sampling) are those at the top of
+# run_multi_worker_inference.sh, which does the rest; what comes later wins there as here. The same
+# command again resumes every stage, and after a change runs again only what the change touched.
+if [ -z "${BASH_VERSION:-}" ]; then exec bash "$0" "$@"; fi # started as `sh ...`
 set -euo pipefail
 
-cat <<'END'
-Step 1 of 2, generate contexts: left out. This version does not generate contexts;
-  it answers the ones that are in CONTEXTS_FILE (see the settings below).
-Step 2 of 2, answer the contexts:
-END
-exec bash "$(dirname "${BASH_SOURCE[0]}")/run_multi_worker_inference.sh" "$@"
+pipeline_settings() {
+  # ---- Settings of the first two stages -----------------------------------------------------------
+  QUERIES_FILE=examples/queries.jsonl # JSON or JSONL: query, target_api, target_dependency
+  CORPUS_PATH=examples/corpus         # <package>/<version>.jsonl; what is missing is built into it
+  BUILD_CORPORA=never                 # missing: ask the package index for them; never: stay offline
+  CORPUS_TYPE=docstring               # docstring or srccodes
+  EMBEDDING_SOURCE=                   # empty: search by words; local or togetherai: by meaning too
+  MAX_DOCUMENTS=10                    # most documents in a context
+  MAX_TOKENS=4000                     # most tokens in a context
+  ENABLE_STR_MATCH=true               # accept a name that ends like one documented path
+  CONTEXTS_FILE=results/pipeline.contexts.jsonl
+  OUTPUT_FILE=results/pipeline.jsonl
+  # ---- End of these settings ----------------------------------------------------------------------
+  settings=(QUERIES_FILE CORPUS_PATH BUILD_CORPORA CORPUS_TYPE EMBEDDING_SOURCE MAX_DOCUMENTS
+    MAX_TOKENS ENABLE_STR_MATCH "${settings[@]}")
+  paths+=(QUERIES_FILE CORPUS_PATH)
+  switches=(ENABLE_STR_MATCH)
+  program=complete_pipeline.py
+}
+
+# shellcheck source=utils/RAGutils/queryResultByInfer/run_multi_worker_inference.sh
+source "$(dirname "${BASH_SOURCE[0]}")/run_multi_worker_inference.sh"

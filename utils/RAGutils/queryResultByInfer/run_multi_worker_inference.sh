@@ -56,6 +56,11 @@ PYTHON=                 # empty: an active environment that has ragfleet, else .
 settings=(NUM_WORKERS TOTAL_GPUS GPUS_PER_WORKER GPU_PICK DEVICE MAX_SAMPLES_PER_WORKER
   CONTEXTS_FILE OUTPUT_FILE MODEL_PATH INFERENCE_TYPE ENGINE PRECISION BATCH_SIZE MAX_MODEL_LEN
   MAX_NEW_TOKENS TEMPERATURE TOP_P SEED PYTHON)
+paths=(CONTEXTS_FILE OUTPUT_FILE MODEL_PATH)
+switches=() # settings that are true or false
+program=multi_worker_inference.py
+# run_complete_pipeline.sh sources this file and brings more settings.
+if declare -F pipeline_settings >/dev/null; then pipeline_settings; fi
 
 die() {
   echo "${0##*/}: $*" >&2
@@ -165,7 +170,7 @@ for ((i = 0; i < ${#arguments[@]}; i++)); do
 done
 
 # Paths of this file start at the project's root.
-for name in CONTEXTS_FILE OUTPUT_FILE MODEL_PATH; do
+for name in "${paths[@]}"; do
   if [[ $name == MODEL_PATH && ($INFERENCE_TYPE != local || $MODEL_PATH == pocket) ]]; then
     continue
   fi
@@ -189,7 +194,7 @@ if [[ -z $PYTHON ]]; then
   fi
 fi
 
-command=("$PYTHON" "${prefix}utils/RAGutils/queryResultByInfer/multi_worker_inference.py")
+command=("$PYTHON" "${prefix}utils/RAGutils/queryResultByInfer/$program")
 width=1
 for name in "${settings[@]}"; do
   if [[ $name == PYTHON ]]; then
@@ -197,6 +202,13 @@ for name in "${settings[@]}"; do
   elif [[ ${origin[$name]} == script && -n $toml ]]; then
     printf -v "$name" %s '' # a default of this file does not outweigh the TOML file
     origin[$name]="left to $toml"
+  elif [[ ${origin[$name]} != flag && " ${switches[*]} " == *" $name "* ]]; then
+    case ${!name} in
+      true | 1 | yes) command+=("--${name,,}") ;;
+      false | 0 | no) command+=("--no_${name,,}") ;;
+      '') ;;
+      *) die "$name=${!name}: it is true or false" ;;
+    esac
   elif [[ ${origin[$name]} != flag && -n ${!name} ]]; then
     command+=("--${name,,}" "${!name}")
   fi

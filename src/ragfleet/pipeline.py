@@ -1,0 +1,180 @@
+"""Corpora (where missing) → contexts → answers, in one go; each stage resumes by itself.
+
+What ties them together is in the data: a context that comes out byte for byte as before has the
+same request key, so only what a change touched is answered again.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from ragfleet.config import RunConfig
+from ragfleet.contexts.generate import ContextsSummary, check_packages, generate_contexts
+from ragfleet.contexts.options import ContextsOptions, EmbeddingSource
+from ragfleet.contexts.queries import read_queries
+from ragfleet.contexts.store import CorpusStore, NoCorpus
+from ragfleet.corpus.build import BuildOptions, build_all, manifest_path
+from ragfleet.corpus.document import CorpusType
+from ragfleet.corpus.download import normal_name
+from ragfleet.corpus.folder import list_corpora
+from ragfleet.errors import ConfigError, InputError
+from ragfleet.events import OnEvent
+from ragfleet.launchers import torchrun
+from ragfleet.preparation import find_model, prepare
+from ragfleet.runner import run
+from ragfleet.summary import RunSummary
+
+
+@dataclass(frozen=True, kw_only=True)
+class PipelineOptions:
+    """Queries in, answers out: make the corpora that are missing, generate contexts, answer them.
+
+    Every option of `ragfleet infer` may be given too; --output_file is the results file.
+    """
+
+    queries_file: Path
+    """JSON or JSONL file of queries."""
+    corpus_path: Path = Path("data/corpus")
+    """Folder of corpora; what queries need and it lacks is built into it."""
+    contexts_file: Path | None = None
+    """JSONL file of contexts to write (empty: <output_file's name>.contexts.jsonl)."""
+    build_corpora: Literal["missing", "never"] = "missing"
+    """missing: ask the package index for corpora that are not there; never: stay offline."""
+    cache_path: Path = Path("~/.cache/ragfleet")
+    """Where fetched archives are kept."""
+    corpus_type: CorpusType = "docstring"
+    """What contexts are made of: documentation, or source code."""
+    embedding_source: EmbeddingSource | None = None
+    """Search by meaning too: a local model, or Together's API (empty: by words alone)."""
+    embedding_model: str | None = None
+    """Folder or name of the embedding model (empty: all-MiniLM-L6-v2, from a package)."""
+    max_documents: int = 10
+    """Most documents in one context."""
+    max_tokens: int = 4000
+    """Most tokens in one context."""
+    enable_str_match: bool = False
+    """Also accept a target that only ends like one documented path (rag_string_match)."""
+    nearest_version: bool = False
+    """Where a version has no corpus, take the nearest one; the record says which."""
+    start_index: int = 0
+    """Skip the first so many queries."""
+    max_samples: int | None = None
+    """Take so many queries at most (empty: all)."""
+    context_workers: int = 1
+    """Worker processes that generate contexts (--num_workers is for answering)."""
+
+    def contexts_file_for(self, output_file: Path) -> Path:
+        if self.contexts_file is not None:
+            return self.contexts_file
+        return output_file.with_name(f"{output_file.stem}.contexts.jsonl")
+
+    def contexts_options(self, config: RunConfig) -> ContextsOptions:
+        """Tokens are counted by the model that will answer, where its folder is here."""
+        is_here = config.inference_type == "local" and config.engine != "echo"
+        model = find_model(config) if is_here else None
+        return ContextsOptions(
+            queries_file=self.queries_file,
+            corpus_path=self.corpus_path,
+            output_file=config.contexts_file,
+            corpus_type=self.corpus_type,
+            embedding_source=self.embedding_source,
+            embedding_model=self.embedding_model,
+            max_documents=self.max_documents,
+            max_tokens=self.max_tokens,
+            model_path=None if model is None else str(model),
+            enable_str_match=self.enable_str_match,
+            nearest_version=self.nearest_version,
+            start_index=self.start_index,
+            max_samples=self.max_samples,
+            num_workers=self.context_workers,
+            verbose=config.verbose,
+        )
+
+
+@dataclass(frozen=True)
+class PipelineSummary:
+    contexts: ContextsSummary
+    inference: RunSummary
+
+
+def run_pipeline(
+    options: PipelineOptions, config: RunConfig, say: Callable[[str], None], on_event: OnEvent
+) -> PipelineSummary | None:
+    """`config.contexts_file` is what the second stage writes and the third reads.
+
+    Raises what the stages raise; whatever can be told beforehand is told before the first one.
+    """
+    check_packages()
+    if torchrun.detect(os.environ) is not None:
+        raise ConfigError(
+            "ragfleet pipeline is one process that starts its workers; under torchrun, run it"
+            " without torchrun, or make the contexts first and start `ragfleet infer`."
+        )
+    contexts_options = options.contexts_options(config)
+    prepare(config, os.environ)  # a wrong model path is said now, not after an hour of contexts
+    missing = missing_corpora(options)
+    if missing and options.build_corpora == "missing":
+        say(f"Stage 1 of 3, corpora: {len(missing)} to make: {', '.join(missing[:10])}")
+        build_all(
+            missing,
+            BuildOptions(
+                corpus_path=options.corpus_path,
+                corpus_type=options.corpus_type,
+                cache_path=options.cache_path,
+            ),
+            lambda built: say(f"  {built.line()}"),
+        )
+    elif missing:
+        say(f"Stage 1 of 3, corpora: {len(missing)} missing, and --build_corpora never")
+    else:
+        say("Stage 1 of 3, corpora: all there")
+    say("Stage 2 of 3, contexts")
+    contexts = generate_contexts(contexts_options, lambda text: say(f"  {text}"))
+    for line in contexts.lines():
+        say(f"  {line}")
+    say("Stage 3 of 3, answers")
+    summary = run(config, on_event)
+    return None if summary is None else PipelineSummary(contexts, summary)
+
+
+def missing_corpora(options: PipelineOptions) -> list[str]:
+    """`package==version` that queries name and the folder lacks.
+
+    A package that the folder holds as a user's own (no manifest) is never asked for elsewhere: a
+    private name is nobody else's business, and a stranger's package of that name is no answer.
+    """
+    store, own = None, set()
+    if options.corpus_path.is_dir():
+        for file in list_corpora(options.corpus_path):
+            if not manifest_path(file.path).exists():
+                own.add(file.package)
+        try:
+            store = CorpusStore(options.corpus_path, options.corpus_type)
+        except InputError:
+            store = None  # a folder without corpora of this type yet
+    missing: dict[str, None] = {}
+    for query in read_queries(options.queries_file):
+        for package, versions in query.dependencies.items():
+            if not versions or normal_name(package) in own or not _is_version(versions[0]):
+                continue
+            try:
+                if store is None:
+                    raise NoCorpus
+                store.resolve(package, versions, options.nearest_version)
+            except NoCorpus:
+                missing[f"{normal_name(package)}=={versions[0]}"] = None
+    return list(missing)
+
+
+def _is_version(text: str) -> bool:
+    from packaging.version import InvalidVersion, Version
+
+    try:
+        Version(text)
+    except InvalidVersion:
+        return False
+    return True

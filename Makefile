@@ -1,4 +1,4 @@
-# make demo    install, answer examples/contexts.jsonl with two workers
+# make demo    install, run the whole pipeline on examples/queries.jsonl with two workers
 # make test    install what tests need, lint, run the tests (make test-all: the slow ones too)
 # make fault   seeded schedules of kills and damage, SEEDS=500
 # make lint    ruff, mypy, import-linter, shellcheck
@@ -28,12 +28,12 @@ NEEDS_PYTHON := Python 3.11 or newer is needed
 .NOTPARALLEL: # two installs into one .venv must not meet
 
 demo: $(LOCAL)
-	$(PY) $(INFER)/multi_worker_inference.py \
-	  --contexts_file examples/contexts.jsonl --output_file demo/results.jsonl \
-	  --model_path pocket --inference_type local --max_new_tokens 32 --temperature 0 \
-	  --num_workers 2 --device $(DEMO_DEVICE)
-	@$(PY) tools/print_answers.py demo/results.jsonl --contexts examples/contexts.jsonl \
-	  --ids item_demo_0 item_demo_1 item_demo_2
+	QUERIES_FILE=examples/queries.jsonl CORPUS_PATH=examples/corpus PYTHON=$(PY) \
+	  CONTEXTS_FILE=demo/contexts.jsonl OUTPUT_FILE=demo/results.jsonl MODEL_PATH=pocket \
+	  MAX_TOKENS=900 MAX_NEW_TOKENS=32 TEMPERATURE=0 NUM_WORKERS=2 DEVICE=$(DEMO_DEVICE) \
+	  bash $(INFER)/run_complete_pipeline.sh
+	@$(PY) tools/print_answers.py demo/results.jsonl --contexts demo/contexts.jsonl \
+	  --ids demo_0 demo_1 demo_2
 
 test: lint
 	$(PY) -m pytest $(PYTEST_FLAGS) -m "not slow"
@@ -67,8 +67,8 @@ clean:
 	@touch $@
 
 $(LOCAL): pyproject.toml constraints.txt | .venv/.made
-	@echo "installing ragfleet with torch and transformers into .venv (minutes, the first time)"
-	$(PIP) --editable '.[local]'
+	@echo "installing ragfleet with torch, transformers and what contexts need into .venv (minutes, the first time)"
+	$(PIP) --editable '.[contexts,local]'
 	@touch $@
 
 $(TEST): pyproject.toml constraints.txt | .venv/.made

@@ -1,0 +1,275 @@
+"""How well and how fast contexts are found.
+
+    python benchmarks/retrieval.py CORPUS_FOLDER [--dense] [--questions 300] [--speed 10000]
+
+Quality, on two sets: `hand`, natural questions written by hand that don't name the API
+(benchmarks/questions.jsonl), and `auto`, an API's own summary as the question, with that summary
+removed from the indexed copy. Each ranking is compared side by side: by words, by meaning, fused.
+Intervals are 95 % bootstrap percentiles. Speed: exact look-ups and searches on one core.
+
+Make the folder with: ragfleet corpus build numpy==1.16.6 scipy==1.4.1 requests==2.31.0
+matplotlib==2.0.2 pandas==0.25.3 --corpus_path CORPUS_FOLDER
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import platform
+import resource
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from ragfleet.contexts.dense import DenseIndex, Embedder, LocalEmbedder, text_of
+from ragfleet.contexts.lexical import LexicalIndex
+from ragfleet.contexts.matching import match
+from ragfleet.contexts.search import fuse
+from ragfleet.contexts.store import Corpus, CorpusStore
+from ragfleet.corpus.document import Document
+
+HERE = Path(__file__).resolve().parent
+INDEX = ".index"
+RESAMPLES = 2000
+
+
+@dataclasses.dataclass
+class Case:
+    query: str
+    package: str
+    expected: frozenset[int]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("corpus", type=Path)
+    parser.add_argument("--dense", action="store_true")
+    parser.add_argument("--questions", type=int, default=300)
+    parser.add_argument("--speed", type=int, default=0)
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args()
+    store = CorpusStore(arguments.corpus, "docstring")
+    corpora = {name: store.load(name, store.versions(name)[0]) for name in store.packages}
+    report: dict[str, Any] = {
+        "machine": {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count()},
+        "python": platform.python_version(),
+        "documents": {str(name): len(corpus.documents) for name, corpus in corpora.items()},
+    }
+    embedder = LocalEmbedder(None) if arguments.dense else None
+    report["hand"] = quality(corpora, hand_cases(corpora), embedder, arguments.corpus / INDEX)
+    changed, cases = auto_cases(corpora, arguments.questions)
+    report["auto"] = quality(changed, cases, embedder, arguments.corpus / INDEX, corpora)
+    if arguments.speed:
+        report["speed"] = speed(corpora, arguments.corpus / INDEX, arguments.speed, cases)
+    text = json.dumps(report, indent=2)
+    print(text)
+    if arguments.out:
+        arguments.out.write_text(text + "\n")
+
+
+# ---- cases
+
+
+def hand_cases(corpora: dict[str, Corpus]) -> list[Case]:
+    cases = []
+    for line in (HERE / "questions.jsonl").read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        (package,) = row["dependencies"]
+        if package in corpora:
+            found = {match([corpora[package]], name, False) for name in row["expected"]}
+            numbers = frozenset(hit.number for hit in found if hit is not None)
+            if not numbers:
+                print(f"no document for {row['expected']}: {row['query']}")
+            cases.append(Case(row["query"], package, numbers))
+    return cases
+
+
+def auto_cases(corpora: dict[str, Corpus], count: int) -> tuple[dict[str, Corpus], list[Case]]:
+    """Corpora in which the chosen documents lost their summaries, and the questions."""
+    random = np.random.default_rng(0)
+    candidates = [
+        (name, number)
+        for name, corpus in corpora.items()
+        for number, document in enumerate(corpus.documents)
+        if len(document.summary.split()) >= 6 and len(document.doc) > 300
+    ]
+    chosen = [candidates[int(i)] for i in random.permutation(len(candidates))[:count]]
+    cases, changed = [], {}
+    for name, corpus in corpora.items():
+        documents = list(corpus.documents)
+        for package, number in chosen:
+            if package == name:
+                document = documents[number]
+                cases.append(Case(document.summary, name, frozenset({number})))
+                documents[number] = without_summary(document)
+        digest = f"auto-{count}-{corpus.sha256}"
+        changed[name] = Corpus(name, corpus.version, corpus.file, documents, digest)
+    return changed, cases
+
+
+def without_summary(document: Document) -> Document:
+    paragraphs = document.doc.split("\n\n")
+    kept = [text for text in paragraphs if " ".join(text.split())[:300] != document.summary]
+    copy = msgspec.structs.replace(document, doc="\n\n".join(kept))
+    copy.summary = ""
+    return copy
+
+
+# ---- quality
+
+
+def quality(
+    corpora: dict[str, Corpus],
+    cases: Sequence[Case],
+    embedder: Embedder | None,
+    folder: Path,
+    originals: dict[str, Corpus] | None = None,
+) -> dict[str, Any]:
+    lexical = {
+        name: LexicalIndex.open(corpus, None if originals else folder)
+        for name, corpus in corpora.items()
+    }
+    rankings = {"lexical": [lexical[case.package].rank(case.query) for case in cases]}
+    if embedder is not None:
+        vectors = embedder.embed([case.query for case in cases])
+        dense = {
+            name: dense_index(corpus, embedder, folder, originals)
+            for name, corpus in corpora.items()
+        }
+        rankings["dense"] = [
+            dense[case.package].rank(vector) for case, vector in zip(cases, vectors, strict=True)
+        ]
+        rankings["fused"] = [
+            fuse(pair) for pair in zip(rankings["lexical"], rankings["dense"], strict=True)
+        ]
+    ranks = {
+        how: [first_rank(ranking, case) for ranking, case in zip(found, cases, strict=True)]
+        for how, found in rankings.items()
+    }
+    report: dict[str, Any] = {"questions": len(cases)}
+    for how, found_ranks in ranks.items():
+        report[how] = {name: interval(found_ranks, score) for name, score in SCORES.items()}
+    if "fused" in ranks:
+        for other in ("lexical", "dense"):
+            report[f"fused minus {other}, R@10"] = difference(ranks["fused"], ranks[other])
+    return report
+
+
+def dense_index(
+    corpus: Corpus, embedder: Embedder, folder: Path, originals: dict[str, Corpus] | None
+) -> DenseIndex:
+    if originals is None:
+        return DenseIndex.open(corpus, embedder, folder)
+    original = originals[corpus.package]
+    DenseIndex.open(original, embedder, folder)
+    (path,) = (folder / corpus.package / corpus.version).glob(
+        f"dense-{embedder.name}-*-{original.sha256[:16]}.npy"
+    )
+    vectors = np.load(path)
+    changed = [
+        number
+        for number, (new, old) in enumerate(zip(corpus.documents, original.documents, strict=True))
+        if new is not old
+    ]
+    if changed:
+        texts = [text_of(corpus.documents[number]) for number in changed]
+        vectors[changed] = embedder.embed(texts)
+    return DenseIndex(vectors)
+
+
+def first_rank(ranking: Sequence[int], case: Case) -> int:
+    """1-based; 0 where the document is not among the ranked."""
+    return next((rank for rank, number in enumerate(ranking, 1) if number in case.expected), 0)
+
+
+SCORES: dict[str, Callable[[int], float]] = {
+    "R@1": lambda rank: float(rank == 1),
+    "R@10": lambda rank: float(0 < rank <= 10),
+    "R@50": lambda rank: float(0 < rank <= 50),
+    "MRR": lambda rank: 1.0 / rank if rank else 0.0,
+}
+
+
+def interval(ranks: Sequence[int], score: Callable[[int], float]) -> list[float]:
+    """[mean, low, high]"""
+    values = np.array([score(rank) for rank in ranks])
+    means = resampled(values)
+    low, high = np.percentile(means, [2.5, 97.5])
+    return [round(float(number), 3) for number in (values.mean(), low, high)]
+
+
+def difference(ranks: Sequence[int], others: Sequence[int]) -> list[float]:
+    """Paired: the same questions are drawn for both."""
+    score = SCORES["R@10"]
+    values = np.array([score(a) - score(b) for a, b in zip(ranks, others, strict=True)])
+    low, high = np.percentile(resampled(values), [2.5, 97.5])
+    return [round(float(number), 3) for number in (values.mean(), low, high)]
+
+
+def resampled(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    random = np.random.default_rng(1)
+    return values[random.integers(0, len(values), (RESAMPLES, len(values)))].mean(axis=1)
+
+
+# ---- speed
+
+
+def speed(
+    corpora: dict[str, Corpus], folder: Path, count: int, cases: Sequence[Case]
+) -> dict[str, Any]:
+    """CPU seconds of this process, so that a busy machine does not count against it."""
+    from ragfleet.contexts.options import ContextsOptions
+    from ragfleet.contexts.queries import Query
+    from ragfleet.contexts.retrieve import Retriever
+
+    total = sum(len(corpus.documents) for corpus in corpora.values())
+    report: dict[str, Any] = {"queries": count, "documents": total}
+    some = next(iter(corpora.values()))
+    options = ContextsOptions(
+        queries_file=Path("-"), corpus_path=some.file.parent.parent, output_file=Path("-")
+    )
+    retriever = Retriever(options)
+    paths = [(name, path) for name, corpus in corpora.items() for path in corpus.paths]
+    exact = [
+        Query(i, i, 0, "What does it do?", path, {name: (corpora[name].version,)})
+        for i, (name, path) in enumerate(paths[i * 7919 % len(paths)] for i in range(count))
+    ]
+    questions = [cases[i % len(cases)] for i in range(count)]
+    search = [
+        Query(i, i, 0, f"{case.query} {i}", None, {case.package: (corpora[case.package].version,)})
+        for i, case in enumerate(questions)
+    ]
+    for name, queries in (("exact", exact), ("search", search)):
+        retriever.rows(queries[:200])  # opens the indexes
+        started, wall = time.process_time(), time.perf_counter()
+        for start in range(0, count, 64):
+            retriever.rows(queries[start : start + 64])
+        report[f"{name} contexts/s (CPU)"] = round(count / (time.process_time() - started))
+        report[f"{name} contexts/s (wall)"] = round(count / (time.perf_counter() - wall))
+    index = {name: LexicalIndex.open(corpus, folder) for name, corpus in corpora.items()}
+    started = time.process_time()
+    for query, case in zip(search, questions, strict=True):
+        index[case.package].rank(query.query)
+    report["lexical ranking alone/s (CPU)"] = round(count / (time.process_time() - started))
+    started = time.process_time()
+    for i in range(count):
+        name, path = paths[i * 7919 % len(paths)]
+        match([corpora[name]], path, False)
+    report["exact matching alone/s (CPU)"] = round(count / (time.process_time() - started))
+    started = time.perf_counter()
+    for corpus in corpora.values():
+        LexicalIndex.open(corpus, folder)
+    report["cached indexes opened in s"] = round(time.perf_counter() - started, 3)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    report["peak MiB of this process"] = peak >> 10
+    return report
+
+
+if __name__ == "__main__":
+    main()

@@ -48,7 +48,8 @@ only. Attention heads start from weights that already look back and match
 (`tools/pocket/circuits.py`): copying is refined, not discovered.
 Weights are stored in bfloat16, the values they were rounded to; fp32 computes on them exactly.
 {note}
-Documentation of these packages was trained on:
+Documentation of these packages was trained on; the licences are those that the wheels declare
+(`data` checks it):
 
 | package | version | licence |
 |---|---|---|

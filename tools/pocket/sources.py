@@ -7,6 +7,7 @@ ordinary installer, and the walk over their syntax trees. Knows nothing of quest
 from __future__ import annotations
 
 import ast
+import email
 import json
 import subprocess
 import sys
@@ -85,6 +86,28 @@ def wheel_of(wheels: Path, name: str, version: str) -> Path | None:
     """The wheel of `name==version` in `wheels`, if it is there."""
     found = sorted(wheels.glob(f"{name.replace('-', '_')}-{version}-*.whl"))
     return found[0] if found else None
+
+
+def declared_licence(wheel: Path) -> str:
+    """What a wheel's metadata says of its licence: expression, free text and classifiers."""
+    with zipfile.ZipFile(wheel) as archive:
+        name = next(n for n in archive.namelist() if n.endswith(".dist-info/METADATA"))
+        metadata = email.message_from_bytes(archive.read(name))
+    said = [metadata.get("License-Expression"), metadata.get("License")]
+    said += [c for c in metadata.get_all("Classifier", []) if c.startswith("License ::")]
+    return "\n".join(text for text in said if text)
+
+
+def check_licence(wheel: Path, package: str, licence: str) -> None:
+    """Raise ValueError unless the wheel declares the licence this module lists it under.
+
+    Older metadata names the family only ("BSD License"), or nothing beyond "OSI Approved".
+    """
+    declared = declared_licence(wheel)
+    families = [family for family in ("BSD", "Apache", "MIT", "PSF") if family in licence]
+    named = declared.replace("Python Software Foundation", "PSF")
+    if not families or not all(family in named for family in families):
+        raise ValueError(f"{package} is listed under {licence}, its wheel says: {declared!r}")
 
 
 def signature_of(name: str, arguments: ast.arguments, typed: bool, drop_first: bool) -> str:
@@ -175,6 +198,10 @@ def extract(wheels: Path, out: Path) -> dict[str, int]:
 
     A training block that shares its docstring's first line with a held-out one is dropped:
     packages copy each other's documentation.
+
+    Raises:
+        FileNotFoundError: a wheel is missing.
+        ValueError: a wheel declares another licence than this module lists.
     """
     out.mkdir(parents=True, exist_ok=True)
     counts: dict[str, int] = {}
@@ -182,10 +209,11 @@ def extract(wheels: Path, out: Path) -> dict[str, int]:
     held_out_lines: set[str] = set()
     for file_name, packages in (("held_out.jsonl", HELD_OUT), ("training.jsonl", TRAINING)):
         with (out / file_name).open("w", encoding="utf-8") as file:
-            for package, version, _ in packages:
+            for package, version, licence in packages:
                 wheel = wheel_of(wheels, package, version)
                 if wheel is None:
                     raise FileNotFoundError(f"no wheel of {package}=={version} in {wheels}")
+                check_licence(wheel, package, licence)
                 counts[package] = 0
                 for block in blocks_of(wheel, package, version):
                     first_line = block.doc.split("\n", 1)[0].strip()

@@ -24,7 +24,7 @@ VALUES = (
 )
 KINDS = {
     "signature": 3.0,
-    "summary": 3.0,
+    "summary": 6.0,
     "default": 3.0,
     "parameter": 5.0,
     "returns": 5.0,

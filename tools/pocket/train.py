@@ -50,7 +50,7 @@ STAGES = (
     Stage(250, 256, (1, 1, 2, 3, 4), 8, invented=0.3, batch_tokens=5120),
     Stage(350, 512, (1, 1, 2, 2, 3, 4, 5), 10, invented=0.15),
     Stage(250, 1024, (1, 2, 3, 4, 5), 12, invented=0.1, batch_tokens=3072),
-    Stage(400, 1024, (1, 2, 3, 4, 5), 12, invented=0.1),
+    Stage(3000, 1024, (1, 2, 2, 3, 4, 5), 12, invented=0.1),
 )
 
 

@@ -1,6 +1,6 @@
 """Make a small model with random weights, for demos and tests: no download, a few seconds.
 
-    python tools/make_small_model.py OUT [--hidden_size 64 --num_layers 2 --vocab_size 2048]
+    python tools/make_small_model.py OUT [--arch qwen3 --hidden_size 64 --num_layers 2 …]
 
 Writes a complete Hugging Face folder: config.json, model.safetensors, a byte-level BPE tokenizer
 trained on the example contexts, a ChatML template and generation_config.json. Its answers are
@@ -34,11 +34,19 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("out", type=Path, help="folder to write")
-    parser.add_argument("--arch", choices=("llama", "qwen2", "mistral"), default="llama")
+    parser.add_argument("--arch", choices=("llama", "qwen2", "qwen3", "mistral"), default="llama")
     parser.add_argument("--hidden_size", type=int, default=64, help="multiple of 16")
+    parser.add_argument("--head_dim", type=int, default=16, help="divides hidden_size")
     parser.add_argument("--num_layers", type=int, default=2)
     parser.add_argument("--vocab_size", type=int, default=2048, help="at least 300")
     parser.add_argument("--max_position_embeddings", type=int, default=8192)
+    parser.add_argument(
+        "--sliding_window", type=int, default=None, help="tokens each one sees (empty: all)"
+    )
+    parser.add_argument("--tie_word_embeddings", action=argparse.BooleanOptionalAction)
+    # Large weights: with the usual 0.02 the next token hardly depends on the prompt, and near-ties
+    # would make the comparison of two engines a matter of rounding.
+    parser.add_argument("--initializer_range", type=float, default=0.25)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--chat_template", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument(
@@ -50,6 +58,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.hidden_size % 16 or args.hidden_size < 16:
         parser.error(f"--hidden_size {args.hidden_size}: it must be a multiple of 16")
+    if args.head_dim < 2 or args.hidden_size % args.head_dim:
+        parser.error(f"--head_dim {args.head_dim}: it must divide --hidden_size {args.hidden_size}")
     if args.vocab_size < 300:
         parser.error(f"--vocab_size {args.vocab_size}: bytes and special tokens need 300")
     if not args.corpus.is_file():
@@ -126,23 +136,25 @@ def write_model(out: Path, vocab_size: int, args: argparse.Namespace) -> int:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    num_heads = args.hidden_size // args.head_dim
+    window = {"sliding_window": args.sliding_window} if args.arch == "mistral" else {}
     config = AutoConfig.for_model(
         args.arch,
         vocab_size=vocab_size,
         hidden_size=args.hidden_size,
         intermediate_size=args.hidden_size * 8 // 3 // 16 * 16,
         num_hidden_layers=args.num_layers,
-        num_attention_heads=args.hidden_size // 16,
-        num_key_value_heads=max(1, args.hidden_size // 32),
+        num_attention_heads=num_heads,
+        num_key_value_heads=max(1, num_heads // 2),
+        head_dim=args.head_dim,
         max_position_embeddings=args.max_position_embeddings,
-        # Large weights: with the usual 0.02 the next token hardly depends on the prompt, and
-        # near-ties would make the comparison of two engines a matter of rounding.
-        initializer_range=0.25,
-        tie_word_embeddings=False,
+        initializer_range=args.initializer_range,
+        tie_word_embeddings=bool(args.tie_word_embeddings),
         pad_token_id=0,
         bos_token_id=1,
         eos_token_id=3,
         dtype="float32",
+        **window,
     )
     torch.manual_seed(args.seed)
     model = AutoModelForCausalLM.from_config(config)

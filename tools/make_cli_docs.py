@@ -10,7 +10,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 COMMANDS = (
     *("infer", "plan", "show", "status", "merge", "verify", "failures"),
-    *("corpus build", "contexts", "pipeline"),
+    *("corpus build", "contexts", "pipeline", "export", "import"),
 )
 
 

@@ -1,4 +1,4 @@
-"""The command line: `ragfleet infer | plan | show | status | merge | corpus | contexts | pipeline`.
+"""The command line: `ragfleet infer | plan | merge | corpus | contexts | pipeline | …`.
 
 Owns argument parsing, exit codes and what is printed. Start-up stays instant: each command imports
 what it needs when it runs.
@@ -36,6 +36,8 @@ commands:
   corpus   make API corpora: ragfleet corpus build PACKAGE==VERSION …; check DIR
   contexts generate a context for every query of a file
   pipeline corpora, contexts and answers in one go: queries in, results out
+  export   write unfinished requests as a batch file: ragfleet export FILE [options as infer]
+  import   take the replies of such a file: ragfleet import FILE --output_file OUTPUT
 
 ragfleet COMMAND --help lists a command's options. --config FILE.toml gives any of them; options on
 the command line win.
@@ -186,6 +188,38 @@ def _pipeline(arguments: list[str]) -> int:
     return pipeline(arguments)
 
 
+def _export(arguments: list[str]) -> int:
+    file, rest = _take_file(arguments, "export")
+    config = parse_config(rest, "ragfleet export FILE")
+    if config is None or file is None:
+        return 0
+    from ragfleet.batch_files import export_requests
+
+    print("\n".join(export_requests(config, file)))
+    return 0
+
+
+def _import(arguments: list[str]) -> int:
+    file, rest = _take_file(arguments, "import")
+    from ragfleet.inspection import OutputOptions
+
+    options = parse(OutputOptions, rest, "ragfleet import FILE")
+    if options is None or file is None:
+        return 0
+    from ragfleet.batch_files import import_replies
+
+    print("\n".join(import_replies(options.output_file, file)))
+    return 0
+
+
+def _take_file(arguments: list[str], command: str) -> tuple[Path | None, list[str]]:
+    if arguments and not arguments[0].startswith("-"):
+        return Path(arguments[0]), arguments[1:]
+    if set(arguments) & {"-h", "--help"}:
+        return None, arguments
+    raise ConfigError(f"ragfleet {command} needs a file: ragfleet {command} FILE … .")
+
+
 _COMMANDS: Final[dict[str, Callable[[list[str]], int]]] = {
     "infer": _infer,
     "plan": _plan,
@@ -197,6 +231,8 @@ _COMMANDS: Final[dict[str, Callable[[list[str]], int]]] = {
     "corpus": _corpus,
     "contexts": _contexts,
     "pipeline": _pipeline,
+    "export": _export,
+    "import": _import,
 }
 
 
@@ -215,6 +251,11 @@ def parse_config(arguments: Sequence[str], prog: str, plan: bool = False) -> Run
     from ragfleet.config import RunConfig
 
     arguments = list(arguments)
+    if any(text.partition("=")[0] in ("--api_key", "--api-key") for text in arguments):
+        raise ConfigError(
+            "An API key is not given as a flag, where others can read it: set it in the"
+            " environment (OPENAI_API_KEY, TOGETHER_API_KEY, HF_TOKEN) or use --api_key_file."
+        )
     config_file, arguments = take_config_option(arguments)
     if config_file is not None:
         arguments = [*toml_arguments(Path(config_file), RunConfig), *arguments]

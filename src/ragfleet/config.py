@@ -8,14 +8,20 @@ It knows nothing of argument parsing, files, GPUs or models.
 from __future__ import annotations
 
 import dataclasses
+import urllib.parse
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from ragfleet import combinations
 from ragfleet.errors import ConfigError
 
-InferenceType = Literal["local", "huggingface", "togetherai"]
-EngineName = Literal["auto", "transformers", "echo"]
+InferenceType = Literal["local", "huggingface", "openai", "togetherai"]
+HfMode = Literal["local", "endpoint"]
+EngineName = Literal["auto", "transformers", "openai_compatible", "echo"]
+ApiFormat = Literal["chat", "completion"]
+ApiMode = Literal["realtime", "batch"]
 GpuPick = Literal["free", "all"]
 Device = Literal["auto", "cpu"]
 Precision = Literal["auto", "fp32", "fp16", "bf16"]
@@ -51,10 +57,11 @@ class RunConfig:
     output_file: Path
     """JSONL file of results to write: one row per selected line, in input order."""
     model_path: str | None = None
-    """Folder of a local model, `pocket` for the demo model of this package, or the Hub id with
-    --inference_type huggingface."""
+    """Folder of a local model, `pocket` for the demo model of this package, the Hub id with
+    --inference_type huggingface, or an API's model."""
     inference_type: InferenceType = "local"
-    """Where answers come from: a local folder, a Hugging Face Hub model, or the Together API."""
+    """Where answers come from: a local folder, a Hugging Face Hub model, any OpenAI-compatible
+    server (--base_url), or the Together API."""
     max_new_tokens: int = 512
     """Most tokens to generate for one answer."""
     temperature: float = 0.2
@@ -67,8 +74,8 @@ class RunConfig:
     """Show when each step began and all notes, log claims, print tracebacks of errors."""
 
     engine: EngineName = "auto"
-    """What generates: transformers, or echo (no model: repeats the query; for tests and overhead).
-    """
+    """What generates: transformers, an API (openai_compatible), or echo (no model: repeats the
+    query; for tests and overhead)."""
     num_workers: int | None = None
     """Number of worker processes (empty: 1; under torchrun its world size)."""
     total_gpus: int | None = None
@@ -105,10 +112,11 @@ class RunConfig:
     """Contexts with success=false: a failure row each, or dropped from the output."""
     include_context: bool = False
     """Repeat the context in every result."""
-    max_retries: int = 2
-    """How often a request is tried again after a failure that may pass."""
+    max_retries: int | None = None
+    """How often a request is tried again after a failure that may pass (empty: 2; 8 at an API)."""
     request_timeout_s: float | None = None
-    """Longest time for one request (empty: 600 s for a custom generate_answer, else none)."""
+    """Longest time for one request (empty: 600 s for a custom generate_answer and for each try at
+    an API, else none)."""
     start_timeout_s: float = 1800.0
     """Longest time for a worker to load its model, else it is restarted."""
     stall_timeout_s: float = 300.0
@@ -130,8 +138,46 @@ class RunConfig:
     inference_class: str | None = None
     """Your own backend: file.py:ClassName, a subclass of QueryBasedInference."""
 
+    hf_mode: HfMode = "local"
+    """With --inference_type huggingface: download the model, or ask an endpoint (Inference
+    Providers, or a dedicated one by --base_url)."""
+    api_model_name: str | None = None
+    """Name of the API's model (empty: --model_path is the name)."""
+    base_url: str | None = None
+    """Where the API is, with its /v1 (empty: OPENAI_BASE_URL, TOGETHER_BASE_URL, or the provider's
+    own)."""
+    api_key_file: Path | None = None
+    """File that holds the API key (empty: OPENAI_API_KEY, TOGETHER_API_KEY or HF_TOKEN is read). A
+    key itself is never a flag."""
+    api_key_env: str | None = None
+    """Another environment variable that holds the key."""
+    api_format: ApiFormat = "chat"
+    """chat: messages; completion: a plain prompt, for base models."""
+    api_mode: ApiMode = "realtime"
+    """realtime: one call for each request; batch: files of requests, cheaper and within a day."""
+    extra_body: dict[str, Any] = field(default_factory=dict)
+    """JSON object added to each request's body, e.g. '{"reasoning_effort": "low"}'."""
+    max_concurrency: int | None = None
+    """Requests under way at a time, for each worker (empty: 64)."""
+    max_requests_per_minute: int | None = None
+    """Rate of all workers together (empty: what the server's headers say)."""
+    max_tokens_per_minute: int | None = None
+    """Tokens a minute of all workers together; the most a request may need counts."""
+    price_in: float | None = None
+    """Price of a million tokens of prompts, in any currency."""
+    price_out: float | None = None
+    """Price of a million generated tokens."""
+    max_cost: float | None = None
+    """Send nothing that could pass this total, by --price_in and --price_out."""
+    max_tokens_total: int | None = None
+    """Send nothing that could pass this many tokens, prompts and answers together."""
+    max_outage_s: float = 3600.0
+    """How long to wait for a dead server before the run stops."""
+    batch_poll_s: float = 30.0
+    """Seconds between two looks at a batch."""
+
     def __post_init__(self) -> None:
-        for name in ("contexts_file", "output_file", "prompt_template"):
+        for name in ("contexts_file", "output_file", "prompt_template", "api_key_file"):
             value = getattr(self, name)
             if value is not None and not isinstance(value, Path):
                 object.__setattr__(self, name, Path(value))
@@ -177,16 +223,11 @@ class RunConfig:
                 text.isascii() or text.encode("utf-8", "replace").decode() == text,
                 f"--{name} is not UTF-8; save the script that holds it as UTF-8.",
             )
-        require(
-            self.inference_type != "togetherai",
-            "--inference_type togetherai is not in this version yet; use local or huggingface.",
-        )
-        if self.engine == "echo":
-            require(
-                self.inference_type == "local",
-                "--engine echo uses no model; leave --inference_type out.",
-            )
-        else:
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        kind = combinations.check(values, _DEFAULTS)
+        if kind == "remote":
+            self._check_remote(require, at_least)
+        if kind == "local":
             require(
                 self.model_path is not None or self.inference_class is not None,
                 "--model_path is missing: name a model folder"
@@ -212,6 +253,52 @@ class RunConfig:
                 f" --max_new_tokens {self.max_new_tokens}.",
             )
 
+    def _check_remote(
+        self, require: Callable[[bool, str], None], at_least: Callable[[str, float], None]
+    ) -> None:
+        require(
+            self.api_model is not None,
+            "--api_model_name is missing: name the API's model.",
+        )
+        for name in ("max_concurrency", "max_requests_per_minute", "max_tokens_per_minute"):
+            at_least(name, 1)
+        for name in ("price_in", "price_out", "max_cost", "max_tokens_total", "max_outage_s"):
+            at_least(name, 0)
+        require(self.batch_poll_s > 0, "--batch_poll_s must be above 0.")
+        if self.base_url is not None:
+            url = urllib.parse.urlsplit(self.base_url)
+            require(
+                url.scheme in ("http", "https") and bool(url.hostname),
+                "--base_url must look like https://host/v1.",
+            )
+            require(
+                url.username is None and url.password is None and not url.query,
+                "--base_url holds a user, a password or a query; keys belong into the environment"
+                " or --api_key_file.",
+            )
+        require(
+            self.max_cost is None or self.price_in is not None or self.price_out is not None,
+            "--max_cost needs --price_in and --price_out.",
+        )
+        require(
+            self.api_mode != "batch" or self.num_workers in (None, 1),
+            f"--api_mode batch needs one worker, not {self.num_workers}: it only moves files.",
+        )
+        require(
+            self.api_mode != "batch" or self.inference_class is None,
+            "--api_mode batch does not go with --inference_class.",
+        )
+
+    @property
+    def api_model(self) -> str | None:
+        """Name of the API's model."""
+        return self.api_model_name or self.model_path
+
+    @property
+    def is_remote(self) -> bool:
+        kind = combinations.kind_of(self.inference_type, self.hf_mode, self.engine)
+        return kind == "remote"
+
     def replace(self, **changes: Any) -> RunConfig:
         """A copy with some fields changed."""
         return dataclasses.replace(self, **changes)
@@ -220,3 +307,9 @@ class RunConfig:
     def distinct_samples(self) -> bool:
         """Whether equal records are answered one by one (sampling, or --dedup off)."""
         return self.temperature > 0 or self.dedup == "off"
+
+
+_DEFAULTS = {
+    f.name: f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
+    for f in dataclasses.fields(RunConfig)
+}

@@ -10,6 +10,7 @@
     ├── RunError              exit 1: the run stopped; what is finished is safe
     │   ├── InputChanged        the contexts file was edited while the run read it
     │   ├── WorkersFailed       no worker is left to do the rest
+    │   ├── RemoteError         an API that refuses the run, a budget that is spent
     │   └── StorageError        disk full, file system gone read-only
     ├── EngineDead            an engine cannot go on; it ends its worker and the chunk goes back
     └── Interrupted           a signal ended the run; exit 128 + signal
@@ -61,6 +62,10 @@ class InputChanged(RunError):
 
 
 class WorkersFailed(RunError):
+    pass
+
+
+class RemoteError(RunError):
     pass
 
 

@@ -78,6 +78,11 @@ def _model(preparation: Preparation) -> str:
     config = preparation.config
     if preparation.engine == "echo":
         base = "echo: no model, answers repeat the query"
+    elif preparation.remote is not None:
+        remote = preparation.remote
+        base = f"{remote.model} · {remote.provider} · {remote.base_url} · {remote.api_format}"
+        if remote.api_mode == "batch":
+            base += " · in batches"
     elif preparation.model_dir is None:
         base = "none"
     else:
@@ -105,6 +110,8 @@ def _workers(preparation: Preparation, plan: Plan) -> list[str]:
     num = preparation.num_workers
     each = preparation.allocation.gpus_per_worker
     where = f"{each} GPU each" if each else "CPU"
+    if preparation.remote is not None:
+        where = f"up to {preparation.remote.max_concurrency} requests under way"
     groups = f"{len(plan.order):,} requests in {plan.num_groups:,} prefix groups"
     lines = [
         f"{num} × {where}, schedule {preparation.config.schedule} · {groups},"

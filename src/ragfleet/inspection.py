@@ -11,6 +11,7 @@ from pathlib import Path
 
 import msgspec
 
+from ragfleet.accounting import estimate_lines
 from ragfleet.beats import read_beats
 from ragfleet.config import RunConfig
 from ragfleet.engines.protocol import Failure, Request, SamplingParams
@@ -24,8 +25,9 @@ from ragfleet.merge import write_results
 from ragfleet.model_files import context_limit
 from ragfleet.plan import static_slices
 from ragfleet.planning import find_finished, index_contexts, selection_of
-from ragfleet.preparation import prepare
+from ragfleet.preparation import Preparation, prepare
 from ragfleet.records import Head, LazyRecord, parse_head
+from ragfleet.remote.asking import prepare as prepare_body
 from ragfleet.run_lock import RunLock
 
 
@@ -58,6 +60,15 @@ def plan_lines(config: RunConfig) -> list[str]:
             f"Balance   the busiest slice is planned within {1 / bound - 1:.1%} of the lower bound"
             " (before any stealing)"
         )
+    if preparation.remote is not None:
+        first, *more = estimate_lines(
+            preparation.remote,
+            indexed,
+            indexed.requests & ~done,
+            config.max_new_tokens,
+            preparation.prompts.system_prompt,
+        )
+        lines += [f"Estimate  {first}", *(f"          {line}" for line in more)]
     invalid = indexed.index.first_invalid
     lines += [f"Invalid   line {number}: {reason}" for number, reason in invalid[3:]]
     return lines
@@ -78,6 +89,8 @@ def rendered_prompt(config: RunConfig, identifier: str) -> tuple[str, str]:
         raise InputError(f"{identifier} (line {line_no}) is not sent: {head.reason}.")
     if head.error is not None:
         raise InputError(f"{identifier} (line {line_no}) is not sent: {head.error}.")
+    if preparation.remote is not None:
+        return _remote_prompt(preparation, head, line), f"line {line_no}"
     if preparation.model_dir is None:
         return head.query, f"line {line_no}: this engine sees the query alone"
     request = Request(
@@ -100,6 +113,25 @@ def rendered_prompt(config: RunConfig, identifier: str) -> tuple[str, str]:
     if prepared.truncated_tokens:
         facts += f", {prepared.truncated_tokens:,} of the context cut"
     return prepared.prompt, facts
+
+
+def _remote_prompt(preparation: Preparation, head: Head, line: bytes) -> str:
+    """What is sent to an API: its body, whose template the server applies."""
+    assert preparation.remote is not None
+    request = Request(
+        key=b"",
+        query=head.query,
+        context=head.context,
+        retrieval_method=head.retrieval_method,
+        record=LazyRecord(line),
+    )
+    prepared = prepare_body(request, preparation.prompts, preparation.remote)
+    if isinstance(prepared, Failure):
+        raise InputError(f"It fails before it is sent: {prepared.error_type}: {prepared.error}")
+    if "prompt" in prepared.own:
+        return prepared.prompt
+    messages = prepared.own["messages"]
+    return "\n\n".join(f"[{message['role']}]\n{message['content']}" for message in messages)
 
 
 def _find_line(path: Path, identifier: str) -> tuple[bytes, int]:

@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 from ragfleet.claims import Board
 from ragfleet.engines.protocol import EngineSpec, PromptSettings, SamplingParams
 from ragfleet.errors import OutputError, StorageError
+from ragfleet.remote.spec import RemoteSpec
 from ragfleet.shards import fsync_directory
 
 FORMAT: Final = 1
@@ -53,6 +54,7 @@ class Launch(msgspec.Struct, frozen=True, kw_only=True):
     inference_class: str | None
     model_dir: str | None
     inference_type: str
+    remote: RemoteSpec | None
     sampling: dict[str, Any]
     prompts: dict[str, Any]
     precision: str
@@ -74,7 +76,9 @@ class Launch(msgspec.Struct, frozen=True, kw_only=True):
     beat_timeout_s: float
     seats: list[SeatSpec]
 
-    def engine_spec(self, num_gpus: int, num_threads: int) -> EngineSpec:
+    def engine_spec(
+        self, num_gpus: int, num_threads: int, rank: int = 0, shared_dir: Path | None = None
+    ) -> EngineSpec:
         return EngineSpec(
             model_dir=Path(self.model_dir) if self.model_dir is not None else None,
             sampling=SamplingParams(**{**self.sampling, "stop": tuple(self.sampling["stop"])}),
@@ -88,6 +92,11 @@ class Launch(msgspec.Struct, frozen=True, kw_only=True):
             max_retries=self.max_retries,
             request_timeout_s=self.request_timeout_s,
             inference_type=self.inference_type,
+            remote=self.remote,
+            rank=rank,
+            num_workers=self.num_workers,
+            shared_dir=shared_dir,
+            run_dir=RunPaths(Path(self.output_file)).directory,
         )
 
 

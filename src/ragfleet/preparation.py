@@ -24,10 +24,13 @@ from ragfleet.launch import RunPaths
 from ragfleet.launchers.torchrun import TorchrunRank
 from ragfleet.model_files import chat_template, check_weights, read_json
 from ragfleet.prompts import DEFAULT_SYSTEM_PROMPT, check_template, template_fields
+from ragfleet.remote.secret import read_key
+from ragfleet.remote.spec import DEFAULT_CONCURRENCY, PROVIDERS, ProviderName, RemoteSpec
 from ragfleet.shards import is_own_name
 
 POCKET: Final = "pocket"
 """The name of the demo model that this package brings along."""
+EngineKind = Literal["transformers", "openai_compatible", "echo"]
 _DTYPES: Final[Mapping[str, Literal["fp32", "fp16", "bf16"]]] = {
     "float32": "fp32",
     "float16": "fp16",
@@ -42,7 +45,8 @@ class Preparation:
     config: RunConfig
     paths: RunPaths
     num_workers: int
-    engine: Literal["transformers", "echo"]
+    engine: EngineKind
+    remote: RemoteSpec | None
     model_dir: Path | None
     precision: Literal["fp32", "fp16", "bf16"]
     prompts: PromptSettings
@@ -56,14 +60,27 @@ class Preparation:
     notes: list[str] = field(default_factory=list)
 
     @property
+    def max_retries(self) -> int:
+        """An API's refusals are many and short: it is asked more often."""
+        if self.config.max_retries is not None:
+            return self.config.max_retries
+        return 2 if self.remote is None else 8
+
+    @property
     def clock(self) -> str:
         return self.prompts.clock
 
 
 def prepare(
-    config: RunConfig, environ: Mapping[str, str], torchrun: TorchrunRank | None = None
+    config: RunConfig,
+    environ: Mapping[str, str],
+    torchrun: TorchrunRank | None = None,
+    needs_key: bool = True,
 ) -> Preparation:
-    """Raises a UsageError for whatever can be told without loading a model."""
+    """Raises a UsageError for whatever can be told without loading a model.
+
+    `needs_key` False: nothing will be asked of a remote API.
+    """
     check_paths(config)
     num_workers = count_workers(config, torchrun)
     paths = RunPaths(config.output_file.absolute())
@@ -74,15 +91,25 @@ def prepare(
     if class_name is not None:
         fields = None
     model_dir = find_model(config)
-    engine: Literal["transformers", "echo"] = "echo" if config.engine == "echo" else "transformers"
+    remote = remote_spec(config, environ)
+    if remote is not None and needs_key:
+        read_key(remote, environ)  # for its errors alone: workers read it themselves
+    engine: EngineKind = "transformers"
+    if remote is not None:
+        engine = "openai_compatible"
+    elif config.engine == "echo":
+        engine = "echo"
+    needs_no_gpu = engine != "transformers"
+    if remote is not None and (config.total_gpus or config.gpus_per_worker):
+        notes.append("GPUs are not needed for a remote API; the settings about them are not used.")
     allocation = allocate(
         visible_gpus(discover_gpus(), environ.get("CUDA_VISIBLE_DEVICES")),
         num_workers=num_workers,
         cpu_cores=usable_cores(),
-        total_gpus=0 if engine == "echo" else config.total_gpus,
-        gpus_per_worker=None if engine == "echo" else config.gpus_per_worker,
+        total_gpus=0 if needs_no_gpu else config.total_gpus,
+        gpus_per_worker=None if needs_no_gpu else config.gpus_per_worker,
         gpu_pick=config.gpu_pick,
-        device="cpu" if engine == "echo" else config.device,
+        device="cpu" if needs_no_gpu else config.device,
         needed_bytes=needed_bytes(model_dir),
     )
     precision = resolve_precision(config, model_dir, allocation.gpus_per_worker > 0)
@@ -111,6 +138,7 @@ def prepare(
         "inference_class": class_name,
         "clock": clock if uses_clock else None,
         **(model_parts(model_dir) if model_dir is not None else {}),
+        **(remote_parts(remote) if remote is not None else {}),
     }
     if run_file is not None and run_file.class_hash != class_hash:
         notes.append(
@@ -122,6 +150,7 @@ def prepare(
         paths=paths,
         num_workers=num_workers,
         engine=engine,
+        remote=remote,
         model_dir=model_dir,
         precision=precision,
         prompts=prompts,
@@ -133,6 +162,50 @@ def prepare(
         class_hash=class_hash,
         notes=[*notes, *allocation.notes],
     )
+
+
+def remote_spec(config: RunConfig, environ: Mapping[str, str]) -> RemoteSpec | None:
+    """The remote API of a run; None where none is asked."""
+    if not config.is_remote:
+        return None
+    name: ProviderName = "openai" if config.inference_type == "local" else config.inference_type
+    provider = PROVIDERS[name]
+    url = config.base_url or environ.get(provider.base_url_env or "") or provider.base_url
+    model = config.api_model
+    assert model is not None
+    return RemoteSpec(
+        provider=name,
+        base_url=url.rstrip("/"),
+        model=model,
+        key_env=config.api_key_env or provider.key_env,
+        key_file=None if config.api_key_file is None else str(config.api_key_file.absolute()),
+        # A server of one's own wants no key as a rule; one that does says so with a 401.
+        key_needed=url.rstrip("/") == provider.base_url or config.api_key_env is not None,
+        api_format=config.api_format,
+        api_mode=config.api_mode,
+        extra_body=config.extra_body,
+        max_concurrency=config.max_concurrency or DEFAULT_CONCURRENCY,
+        requests_per_minute=config.max_requests_per_minute,
+        tokens_per_minute=config.max_tokens_per_minute,
+        price_in=config.price_in,
+        price_out=config.price_out,
+        max_cost=config.max_cost,
+        max_tokens_total=config.max_tokens_total,
+        max_outage_s=config.max_outage_s,
+        batch_requests=provider.batch_requests,
+        batch_bytes=provider.batch_bytes,
+        batch_poll_s=config.batch_poll_s,
+    )
+
+
+def remote_parts(remote: RemoteSpec) -> dict[str, Any]:
+    """Of an API, what answers depend on. Not the key, nor whether it is asked in batches."""
+    return {
+        "API": remote.base_url,
+        "API model": remote.model,
+        "API format": remote.api_format,
+        "extra_body": remote.extra_body,
+    }
 
 
 def check_paths(config: RunConfig) -> None:
@@ -162,6 +235,8 @@ def check_paths(config: RunConfig) -> None:
 def count_workers(config: RunConfig, torchrun: TorchrunRank | None) -> int:
     if torchrun is None:
         return config.num_workers or 1
+    if config.api_mode == "batch" and torchrun.world_size > 1:
+        raise ConfigError("--api_mode batch needs one worker: start it without torchrun.")
     if config.num_workers not in (None, torchrun.world_size):
         raise ConfigError(
             f"--num_workers {config.num_workers} and torchrun's {torchrun.world_size} processes"
@@ -193,7 +268,7 @@ def read_template(path: Path | None) -> tuple[str | None, frozenset[str] | None]
 
 def find_model(config: RunConfig) -> Path | None:
     """The model's folder, downloaded if it is a Hub model; None where no model is needed."""
-    if config.engine == "echo" or config.model_path is None:
+    if config.engine == "echo" or config.is_remote or config.model_path is None:
         return None
     if config.inference_type == "huggingface":
         from ragfleet.hub import download

@@ -24,6 +24,8 @@ class Counters:
     state: State = "loading"
     succeeded: int = 0
     failed: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
     stolen: int = 0
     chunk: int | None = None
     generations: dict[int, int] = field(default_factory=dict)
@@ -90,6 +92,8 @@ class Pulse:
             succeeded=counters.succeeded,
             failed=counters.failed,
             in_flight=in_flight,
+            prompt_tokens=counters.prompt_tokens,
+            completion_tokens=counters.completion_tokens,
             chunk=counters.chunk,
             stolen=counters.stolen,
             oldest_s=time.monotonic() - started_s if in_flight else 0.0,

@@ -20,6 +20,7 @@ from typing import Any, Final
 import msgspec
 import numpy as np
 
+from ragfleet.accounting import begin_account
 from ragfleet.allocation import worker_environment
 from ragfleet.beats import Beat, beat_timeout_s
 from ragfleet.config import RunConfig
@@ -244,6 +245,8 @@ class _Run:
         launch = self.make_launch(preparation, num_started)
         work = Work(indexed.index.records, plan.order, plan.chunks)
         paths.logs.mkdir(exist_ok=True)
+        if preparation.remote is not None:
+            begin_account(launch_paths.directory, preparation.remote, indexed, finished)
         write_launch(launch_paths, launch, work)
         ranks = [self.rank.rank] if self.rank is not None else range(launch.num_started)
         supervisor = Supervisor(
@@ -275,6 +278,7 @@ class _Run:
             inference_class=preparation.inference_class,
             model_dir=str(preparation.model_dir) if preparation.model_dir is not None else None,
             inference_type=config.inference_type,
+            remote=preparation.remote,
             sampling={
                 "max_new_tokens": config.max_new_tokens,
                 "temperature": config.temperature,
@@ -286,7 +290,7 @@ class _Run:
             batch_size=config.batch_size,
             max_model_len=config.max_model_len,
             trust_remote_code=config.trust_remote_code,
-            max_retries=config.max_retries,
+            max_retries=preparation.max_retries,
             request_timeout_s=config.request_timeout_s,
             start_timeout_s=config.start_timeout_s,
             stall_timeout_s=config.stall_timeout_s,
@@ -315,9 +319,10 @@ class _Run:
 
     def tick(self, beats: Mapping[str, Beat]) -> None:
         self.beats = dict(beats)
-        self.say(
-            Event("progress", data={"beats": self.beats, "kept": self.finished, "left": self.to_do})
-        )
+        prompt = sum(beat.prompt_tokens for beat in beats.values())
+        completion = sum(beat.completion_tokens for beat in beats.values())
+        data = {"beats": self.beats, "kept": self.finished, "left": self.to_do}
+        self.say(Event("progress", data={**data, "cost": self.cost(prompt, completion)}))
 
     def told(
         self, error: Interrupted | RunError, indexed: Indexed, paths: RunPaths
@@ -397,7 +402,15 @@ class _Run:
             restarts=self.restarts,
             wall_s=time.monotonic() - self.started_s,
             fail_on_errors=self.config.fail_on_errors,
+            cost=self.cost(statistics.prompt_tokens, statistics.completion_tokens),
         )
+
+    def cost(self, prompt_tokens: int, completion_tokens: int) -> float | None:
+        """At the given prices; None without them."""
+        price_in, price_out = self.config.price_in, self.config.price_out
+        if price_in is None and price_out is None:
+            return None
+        return (prompt_tokens * (price_in or 0) + completion_tokens * (price_out or 0)) / 1e6
 
 
 def _follow(config: RunConfig, rank: TorchrunRank, say: OnEvent) -> None:

@@ -79,6 +79,8 @@ class RunSummary:
     wall_s: float = 0.0
     """From the start of this run to its merged output."""
     fail_on_errors: bool = False
+    cost: float | None = None
+    """Of the answers in the output, by --price_in and --price_out."""
 
     @property
     def exit_code(self) -> int:

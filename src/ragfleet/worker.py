@@ -153,6 +153,8 @@ class Worker:
         self.events.send("ready", info.name, notes=list(info.notes), blocked_after_s=limit_s)
         self.refresh()
         while True:
+            if self.draining and info.survives:
+                break
             if self.fill(info) or self.try_suspects():
                 for outcome in self.engine.step(_STEP_S):
                     self.finish(outcome)
@@ -380,9 +382,7 @@ class Worker:
         return item
 
     def seed_of(self, key: bytes) -> int | None:
-        """Each record's own stream, from (seed, key): worker count and order don't matter."""
-        seed = self.launch.seed
-        return None if seed is None else xxhash.xxh3_64_intdigest(key, seed=seed % 2**64)
+        return record_seed(self.launch.seed, key)
 
     def timeout_of(self, item: _Item) -> Failure:
         return Failure(
@@ -417,11 +417,15 @@ class Worker:
         self.journal.remove(item.slot)
         inference_time = microseconds(time.monotonic() - item.started_s)
         if isinstance(outcome, Completion):
+            if outcome.inference_time_s is not None:
+                inference_time = microseconds(outcome.inference_time_s)
             if self._is_first:
                 self._is_first = False
                 self.show_first(item, outcome, inference_time)
             self.release_withheld()
             self.counters.succeeded += 1
+            self.counters.prompt_tokens += outcome.prompt_tokens or 0
+            self.counters.completion_tokens += outcome.completion_tokens or 0
             self.append_completion(item, outcome, inference_time)
         elif outcome.retryable and item.attempts <= self.launch.max_retries:
             item.attempts += 1
@@ -521,6 +525,11 @@ class Worker:
             finish_reason=completion.finish_reason,
             seconds=seconds,
         )
+
+
+def record_seed(seed: int | None, key: bytes) -> int | None:
+    """Each record's own stream, from (seed, key): worker count and order don't matter."""
+    return None if seed is None else xxhash.xxh3_64_intdigest(key, seed=seed % 2**64)
 
 
 def name_of(item: _Item) -> str:

@@ -63,7 +63,9 @@ def main(argv: list[str]) -> int:
         from ragfleet.worker import Worker
 
         engine = make_engine(
-            launch.engine_spec(num_gpus, num_threads), launch.engine, launch.inference_class
+            launch.engine_spec(num_gpus, num_threads, rank, paths.directory),
+            launch.engine,
+            launch.inference_class,
         )
         worker = Worker(paths, launch, rank, incarnation, engine, events)
 

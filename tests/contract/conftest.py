@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from driving import USER_CLASSES, Make
+from fake_server import KEY, MODEL, FakeServer, Settings
 
 from models import Reference
 from ragfleet.engines.make import make_engine
@@ -17,6 +18,7 @@ from ragfleet.engines.protocol import (
     PromptSettings,
     SamplingParams,
 )
+from ragfleet.remote.spec import RemoteSpec
 
 CONTRACT_ENGINES = {
     "echo": ("echo", None),
@@ -24,11 +26,21 @@ CONTRACT_ENGINES = {
     "sync": ("echo", "Sync"),
     "async": ("echo", "Async"),
     "create_prompt": ("transformers", "Prompt"),
+    "openai_compatible": ("openai_compatible", None),
+    "sync around an API": ("openai_compatible", "Sync"),
 }
 
 
+@pytest.fixture(scope="session")
+def api() -> Iterator[FakeServer]:
+    with FakeServer(Settings(latency_s=0.01)) as server:
+        yield server
+
+
 @pytest.fixture
-def start(small_model: Path) -> Iterator[Make]:
+def start(
+    small_model: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Make]:
     """Makes started engines and closes them: see `driving.Make`."""
     started: list[Engine] = []
 
@@ -45,6 +57,15 @@ def start(small_model: Path) -> Iterator[Make]:
         stop: tuple[str, ...] = (),
         **spec: Any,
     ) -> Engine:
+        if engine == "openai_compatible":
+            monkeypatch.setenv("OPENAI_API_KEY", KEY)
+            spec["remote"] = RemoteSpec(
+                provider="openai",
+                base_url=request.getfixturevalue("api").base_url,
+                model=MODEL,
+                key_env="OPENAI_API_KEY",
+                max_concurrency=3,
+            )
         made = make_engine(
             EngineSpec(
                 model_dir=model_dir or small_model,

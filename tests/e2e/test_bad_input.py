@@ -370,7 +370,7 @@ REFUSED = {
         prepare=cut_model,
     ),
     "the Together API": Refused(
-        r"--inference_type togetherai is not in this version yet; use local or huggingface",
+        r"There is no API key for .*: set TOGETHER_API_KEY in the environment",
         (*MODEL, "--model_path", "m", "--inference_type", "togetherai"),
     ),
 }

@@ -72,8 +72,8 @@ def test_both_readmes_say_the_same() -> None:
 
 @pytest.mark.parametrize("document", ["README.md", "docs/footguns.md", "CHANGELOG.md"])
 def test_flags_in_the_documents_exist(document: str) -> None:
-    # Not RunConfig's: the TOML file, `ragfleet merge`, the check of slices, torchrun.
-    others = {"config", "contexts-file", "partial", "skip-inference"}
+    # Not RunConfig's: the TOML file, `ragfleet merge`, the check of slices, vLLM, torchrun.
+    others = {"config", "contexts-file", "partial", "skip-inference", "model"}
     others |= {"standalone", "nproc_per_node", "max-restarts"}
     named = set(re.findall(r"--([a-z][a-z_-]+)", (ROOT / document).read_text(encoding="utf-8")))
     settings = (RunConfig, BuildOptions, ContextsOptions, PipelineOptions)

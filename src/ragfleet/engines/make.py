@@ -11,7 +11,7 @@ from ragfleet.errors import ConfigError
 
 
 def make_engine(spec: EngineSpec, engine: str, inference_class: str | None = None) -> Engine:
-    """`engine` is 'transformers' or 'echo', `inference_class` is file.py:ClassName around it.
+    """`engine` is a name of `--engine`, `inference_class` is file.py:ClassName around it.
 
     Nothing is loaded before `start`, except the user's file. Raises ConfigError.
     """
@@ -34,4 +34,12 @@ def make_engine(spec: EngineSpec, engine: str, inference_class: str | None = Non
                 " pip install -e '.[local]' in the project's folder."
             ) from None
         return TransformersEngine(spec)
-    raise ConfigError(f"--engine {engine} is unknown; use transformers or echo.")
+    if engine == "openai_compatible":
+        if spec.remote is not None and spec.remote.api_mode == "batch":
+            from ragfleet.engines.openai_batch import OpenAIBatchEngine
+
+            return OpenAIBatchEngine(spec)
+        from ragfleet.engines.openai_compatible import OpenAICompatibleEngine
+
+        return OpenAICompatibleEngine(spec)
+    raise ConfigError(f"--engine {engine} is unknown; use transformers, openai_compatible or echo.")

@@ -18,9 +18,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import msgspec
+
+if TYPE_CHECKING:
+    from ragfleet.remote.spec import RemoteSpec
 
 RequestKey = bytes
 """16 bytes: what identifies an answer, see `ragfleet.records.request_key`."""
@@ -68,6 +71,14 @@ class EngineSpec:
     max_retries: int = 2
     request_timeout_s: float | None = None
     inference_type: str = "local"
+    remote: RemoteSpec | None = None
+    """Where a remote API is and what it may cost; no key."""
+    rank: int = 0
+    num_workers: int = 1
+    shared_dir: Path | None = None
+    """Folder of the launch, which all its workers see."""
+    run_dir: Path | None = None
+    """Folder of the run, which outlives a launch."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -81,6 +92,8 @@ class EngineInfo:
     """Requests it works on together; a worker with fewer in flight looks for more to steal."""
     may_block: bool = False
     """True where `step` can block for as long as a user's code does."""
+    survives: bool = False
+    """What is in flight goes on elsewhere when this process leaves, and is found again."""
     notes: tuple[str, ...] = ()
     """Lines for the log: what degrades, what is not applied."""
 
@@ -120,6 +133,8 @@ class Completion(msgspec.Struct, frozen=True, kw_only=True):
     reasoning: str | None = None
     token_ids: Sequence[int] = ()
     """Generated ids without the end marker, where the engine has them (for tests of equality)."""
+    inference_time_s: float | None = None
+    """Where waiting for a turn is not to be counted; else the time since `submit` is taken."""
 
 
 class Failure(msgspec.Struct, frozen=True, kw_only=True):

@@ -108,6 +108,8 @@ class Console:
         while len(self._history) > 2 and self._history[1][0] < now_s - _RATE_WINDOW_S:
             self._history.pop(0)
         total = self._total_line(finished, failed, data["left"], data["kept"])
+        if data.get("cost") is not None:
+            total += f" · cost {data['cost']:,.4f}"
         newest: dict[int, Beat] = {}
         for owner, beat in sorted(beats.items(), key=lambda item: _incarnation(item[0])):
             newest[int(owner.partition(".")[0])] = beat

@@ -51,6 +51,11 @@ def overall_block(summary: RunSummary) -> str:
             f"Tokens: {statistics.prompt_tokens:,} of prompts,"
             f" {statistics.completion_tokens:,} generated"
         )
+    if summary.cost is not None:
+        lines.append(
+            f"Cost: {summary.cost:,.4f} for the answers above, at the given prices (what was sent"
+            " again or cut off may have been charged too)"
+        )
     lines.append(f"Wall time of this start: {summary.wall_s:.1f}s")
     if summary.answered_now and summary.wall_s > 0:
         lines.append(

@@ -1,0 +1,143 @@
+"""The SDK, asked for one thing at a time: a body in, a verdict out.
+
+The one module that imports `openai`. Its retries are switched off (the gate and the engine know
+more), and replies are read as bytes: making typed objects of them takes longer than all the rest.
+Connections are pooled by aiohttp where it is installed, which costs less than half of httpx.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from ragfleet.errors import ConfigError
+from ragfleet.remote.replies import Answer, Fault, broken, read_reply
+from ragfleet.remote.secret import ApiKey
+from ragfleet.remote.spec import RemoteSpec
+
+try:
+    import openai
+
+    try:
+        import httpx2 as httpx  # what openai 3 speaks with
+    except ImportError:
+        import httpx
+except ImportError as error:
+    raise ConfigError(
+        f"A remote API needs the openai package ({error}); pip install 'ragfleet[remote]'."
+    ) from None
+
+_CONNECT_S = 20.0
+_CHATTY = ("openai", "httpx", "httpx2", "httpcore", "httpcore2", "aiohttp")
+
+
+class ApiClient:
+    """One pooled connection set to one server. Used from one event loop."""
+
+    def __init__(self, spec: RemoteSpec, key: ApiKey | None, timeout_s: float) -> None:
+        for name in _CHATTY:  # at DEBUG they print requests; headers are nobody's business
+            logging.getLogger(name).setLevel(logging.WARNING)
+        self._spec, self._key, self._timeout_s = spec, key, timeout_s
+        limits = httpx.Limits(
+            max_connections=spec.max_concurrency + 8,
+            max_keepalive_connections=spec.max_concurrency + 8,
+        )
+        timeout = httpx.Timeout(timeout_s, connect=_CONNECT_S)
+        try:
+            http = openai.DefaultAioHttpClient(limits=limits, timeout=timeout)
+        except (RuntimeError, AttributeError):  # without aiohttp
+            http = openai.DefaultAsyncHttpxClient(limits=limits, timeout=timeout)
+        self.sdk = openai.AsyncOpenAI(
+            api_key=key.reveal() if key is not None else "none",
+            base_url=spec.base_url,
+            max_retries=0,
+            timeout=timeout,
+            http_client=http,
+        )
+
+    async def ask(self, body: Mapping[str, Any]) -> tuple[Answer | Fault, Mapping[str, str]]:
+        """(verdict, headers of the reply). Raises nothing but cancellation."""
+        headers: Mapping[str, str] = {}
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                response = await self.sdk.post(self._spec.path, body=body, cast_to=httpx.Response)
+                headers = response.headers
+                return read_reply(response.status_code, headers, response.content), headers
+        except openai.APIStatusError as error:
+            headers = error.response.headers
+            return self.clean(read_reply(error.status_code, headers, _content(error))), headers
+        except (openai.APITimeoutError, TimeoutError):
+            fault = broken(f"no whole reply within {self._timeout_s:g} s", "timeout", "down")
+            return fault, headers
+        except openai.APIConnectionError as error:
+            reason = type(error.__cause__ or error).__name__
+            return broken(f"the connection failed ({reason})", "connection", "down"), headers
+        except openai.OpenAIError as error:
+            return broken(f"the SDK can't read the reply ({type(error).__name__})"), headers
+
+    async def call(
+        self,
+        method: str,
+        path: str,
+        body: Mapping[str, Any] | None = None,
+        query: Mapping[str, str] | None = None,
+    ) -> bytes | Fault:
+        """One call beside the answering of requests. Raises nothing but cancellation."""
+        options: dict[str, Any] = {"params": dict(query)} if query else {}
+        if method == "GET":
+            return await self._bytes_of(self.sdk.get(path, cast_to=httpx.Response, options=options))
+        return await self._bytes_of(
+            self.sdk.post(path, cast_to=httpx.Response, body=body, options=options)
+        )
+
+    async def upload(
+        self, path: str, form: Mapping[str, str], file: Path, name: str
+    ) -> bytes | Fault:
+        """A file as multipart/form-data."""
+        parts = [("file", (name, file.read_bytes(), "application/jsonl"))]
+        options = {"headers": {"Content-Type": "multipart/form-data"}}
+        return await self._bytes_of(
+            self.sdk.post(
+                path, cast_to=httpx.Response, body=dict(form), files=parts, options=options
+            )
+        )
+
+    async def _bytes_of(self, call: Awaitable[Any]) -> bytes | Fault:
+        try:
+            content: bytes = (await call).content
+        except openai.APIStatusError as error:
+            fault = read_reply(error.status_code, error.response.headers, _content(error))
+            cleaned = self.clean(fault)
+            assert isinstance(cleaned, Fault)
+            return cleaned
+        except openai.APIConnectionError as error:
+            reason = type(error.__cause__ or error).__name__
+            return broken(f"the connection failed ({reason})", "connection", "down")
+        except openai.OpenAIError as error:
+            return broken(f"the SDK can't read the reply ({type(error).__name__})")
+        return content
+
+    def clean(self, verdict: Answer | Fault) -> Answer | Fault:
+        """Without the key, should the server have repeated it."""
+        if isinstance(verdict, Fault):
+            return msgspec.structs.replace(verdict, message=self.redact(verdict.message))
+        return verdict
+
+    def redact(self, text: str) -> str:
+        return self._key.redact(text) if self._key is not None else text
+
+    async def close(self) -> None:
+        await self.sdk.close()
+
+
+def _content(error: openai.APIStatusError) -> bytes:
+    try:
+        content: bytes = error.response.content
+    except Exception:  # a body that broke off; its status says enough
+        return b""
+    return content

@@ -1,0 +1,227 @@
+"""Rates, concurrency and the circuit, as pure state machines in virtual time."""
+
+from __future__ import annotations
+
+import heapq
+import random
+from collections import deque
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ragfleet.remote.headers import duration_s, read_rates, retry_after_s
+from ragfleet.remote.ledger import Budget, Report, exchange, new_ledger
+from ragfleet.remote.ledger_file import LedgerFile
+from ragfleet.remote.pacing import CREDIT, JITTER, Concurrency, backoff_s
+
+CREDIT_S = CREDIT * JITTER * 60
+
+
+def arrivals_of(
+    budget: Budget, num_workers: int, seconds: float, sizes: list[int], seed: int
+) -> list[tuple[float, int]]:
+    """(moment, tokens) at the server of workers that always have work, on a slow, uneven way."""
+    rng = random.Random(seed)
+    ledger = new_ledger(budget)
+    arrived: list[tuple[float, int]] = []
+    events = [(rng.random(), rank) for rank in range(num_workers)]
+    queues = {rank: deque(rng.choices(sizes, k=64)) for rank in range(num_workers)}
+    leases = {
+        rank: exchange(ledger, budget, Report(rank=rank, now_s=0.0)) for rank in range(num_workers)
+    }
+    heapq.heapify(events)
+    while events[0][0] < seconds:
+        now_s, rank = heapq.heappop(events)
+        queue, lease = queues[rank], leases[rank]
+        moments = lease.requests.at_s(now_s, CREDIT_S), lease.tokens.at_s(now_s, CREDIT_S)
+        size = queue[0]
+        if None in moments or lease.requests.amount < 1 or lease.tokens.amount < size - 1e-6:
+            leases[rank] = exchange(
+                ledger,
+                budget,
+                Report(
+                    rank=rank,
+                    now_s=now_s,
+                    unused=(lease.requests.left, lease.tokens.left),
+                    waiting=[(float(tokens), 0.0) for tokens in queue],
+                ),
+            )
+            heapq.heappush(events, (now_s + 1e-4, rank))
+            continue
+        when_s = max(moment for moment in moments if moment is not None)
+        if when_s > now_s:
+            heapq.heappush(events, (when_s + rng.random() * 0.005, rank))
+            continue
+        lease.requests.spend(1)
+        lease.tokens.spend(size)
+        arrived.append((now_s + rng.random() * 0.5, size))
+        queue.popleft()
+        queue.append(rng.choice(sizes))
+        heapq.heappush(events, (now_s, rank))
+    return sorted(arrived)
+
+
+def most_in_a_minute(arrived: list[tuple[float, int]], by_tokens: bool) -> int:
+    window: deque[tuple[float, int]] = deque()
+    total = most = 0
+    for moment, size in arrived:
+        window.append((moment, size))
+        total += size if by_tokens else 1
+        while window[0][0] <= moment - 60:
+            _, gone = window.popleft()
+            total -= gone if by_tokens else 1
+        most = max(most, total)
+    return most
+
+
+@settings(max_examples=25, deadline=None)
+@given(limit=st.integers(30, 2000), workers=st.integers(1, 8), seed=st.integers(0, 99))
+def test_no_window_holds_more_requests_than_the_limit(limit: int, workers: int, seed: int) -> None:
+    arrived = arrivals_of(Budget(requests_per_minute=limit), workers, 150, [1], seed)
+    assert most_in_a_minute(arrived, by_tokens=False) <= limit
+    after_warm_up = sum(60 < moment <= 120 for moment, _ in arrived)
+    assert after_warm_up >= 0.95 * limit
+
+
+@settings(max_examples=15, deadline=None)
+@given(workers=st.integers(1, 8), seed=st.integers(0, 99))
+def test_no_window_holds_more_tokens_than_the_limit(workers: int, seed: int) -> None:
+    limit = 200_000
+    sizes = [200, 500, 1000, 1500]
+    arrived = arrivals_of(Budget(tokens_per_minute=limit), workers, 150, sizes, seed)
+    assert most_in_a_minute(arrived, by_tokens=True) <= limit
+    assert sum(size for moment, size in arrived if 60 < moment <= 120) >= 0.95 * limit
+
+
+def test_moments_missed_are_gone() -> None:
+    ledger = new_ledger(Budget(requests_per_minute=60))
+    lease = exchange(ledger, Budget(), Report(rank=0, now_s=0.0, waiting=[(1.0, 1.0)] * 9))
+    lease.requests.amount = 9.0
+    assert lease.requests.at_s(5.02, CREDIT_S) == pytest.approx(5.02 - CREDIT_S)
+    assert lease.requests.amount < 5
+
+
+def test_concurrency_grows_slowly_and_halves() -> None:
+    flow = Concurrency(64)
+    for _ in range(4 + 8 + 16 + 32):
+        flow.count(refused=False)
+    assert flow.limit == 64
+    for _ in range(64):
+        flow.count(refused=True)
+    assert flow.limit == 32
+    for number in range(32):
+        flow.count(refused=number % 20 == 0)  # noise
+    assert flow.limit == 33
+    for _ in range(10_000):
+        flow.count(refused=False)
+    assert flow.limit == 64
+
+
+def test_the_circuit_opens_probes_and_closes() -> None:
+    budget = Budget()
+    ledger = new_ledger(budget)
+    work = [(10.0, 10.0)]
+
+    def ask(now_s: float, rank: int = 0, **seen: int) -> tuple[bool, bool]:
+        lease = exchange(ledger, budget, Report(rank=rank, now_s=now_s, waiting=work, **seen))
+        return lease.requests.amount > 0, lease.is_probe
+
+    assert ask(0.0, down=15) == (True, False)
+    assert ask(0.1, down=1) == (False, False)  # open
+    assert ask(1.5, rank=1) == (True, True)  # one probe
+    assert ask(1.5, rank=2) == (False, False)  # for all workers
+    assert ask(1.6, rank=1, down=1) == (False, False)  # longer now
+    assert ask(2.9, rank=2) == (False, False)
+    assert ask(4.0, rank=2) == (True, True)
+    assert ask(4.1, rank=2, good=1) == (True, False)
+    assert ledger.openings == 0
+
+
+def test_an_outage_ends_the_run() -> None:
+    budget = Budget(max_outage_s=100)
+    ledger = new_ledger(budget)
+    assert exchange(ledger, budget, Report(rank=0, now_s=1.0, down=20)).stop == ""
+    assert exchange(ledger, budget, Report(rank=1, now_s=102.0, down=1)).stop == "outage"
+
+
+@pytest.mark.parametrize(("ever_up", "stop"), [(0, "outage"), (1, "")])
+def test_a_server_that_never_answered_is_not_waited_for_long(ever_up: int, stop: str) -> None:
+    ledger = new_ledger(Budget())
+    exchange(ledger, Budget(), Report(rank=0, now_s=0.5, good=ever_up))
+    exchange(ledger, Budget(), Report(rank=0, now_s=1.0, down=20))
+    assert exchange(ledger, Budget(), Report(rank=0, now_s=400.0, down=1)).stop == stop
+
+
+def test_too_many_retries_end_the_run() -> None:
+    ledger = new_ledger(Budget())
+    seen = Report(rank=0, now_s=1.0, answered=100, retried=701)
+    assert exchange(ledger, Budget(), seen).stop == "retries"
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 90)), max_size=60))
+def test_totals_are_never_passed(steps: list[tuple[int, int]]) -> None:
+    """Whatever the answers cost, up to what was reserved for them."""
+    budget = Budget(max_tokens_total=1000)
+    ledger = new_ledger(budget)
+    held = dict.fromkeys(range(4), 0)
+    total = 0.0
+    for rank, cost in steps:
+        spent = float(min(cost, 50)) * held[rank]
+        total += spent
+        lease = exchange(
+            ledger,
+            budget,
+            Report(rank=rank, now_s=0.0, spent=(spent, 0.0), waiting=[(50.0, 50.0)] * 3),
+        )
+        held[rank] = int(lease.requests.amount)
+        assert ledger.spent[0] + 100 * sum(held.values()) <= 1000
+    assert total <= 1000
+
+
+@given(st.integers(1, 20), st.one_of(st.none(), st.floats(0, 100)), st.floats(0, 0.999))
+def test_retry_after_is_a_floor(attempt: int, after_s: float | None, draw: float) -> None:
+    wait_s = backoff_s(attempt, after_s, draw)
+    assert wait_s >= (after_s or 0.25)
+    assert wait_s <= 60 + 1.25 * (after_s or 0)
+
+
+def test_headers_of_several_providers() -> None:
+    openai = {
+        "x-ratelimit-limit-requests": "5000",
+        "x-ratelimit-remaining-requests": "4999",
+        "x-ratelimit-reset-requests": "12ms",
+        "x-ratelimit-limit-tokens": "160000",
+        "x-ratelimit-remaining-tokens": "0",
+        "x-ratelimit-reset-tokens": "6s",
+    }
+    rates = read_rates(openai)
+    assert (rates.requests_per_minute, rates.tokens_per_minute) == (5000, 160_000)
+    assert rates.pause_s == 1
+    daily = {
+        "x-ratelimit-limit-requests": "14400",
+        "x-ratelimit-remaining-requests": "14370",
+        "x-ratelimit-reset-requests": "2m59.56s",
+    }
+    assert read_rates(daily).requests_per_minute is None
+    together = {"x-ratelimit-limit": "10", "x-tokenlimit-limit": "3000"}
+    assert read_rates(together, period_s=1.0).requests_per_minute == 600
+    assert read_rates(together, period_s=1.0).tokens_per_minute == 180_000
+    assert duration_s("6m0s") == 360
+    assert duration_s("soon") is None
+    assert retry_after_s({"retry-after": "1.5"}) == 1.5
+    assert retry_after_s({"retry-after-ms": "200", "retry-after": "9"}) == 0.2
+    assert retry_after_s({"retry-after": "Fri, 31 Dec 1999 23:59:59 GMT"}) == 0
+    assert retry_after_s({"retry-after": "whenever"}) is None
+
+
+def test_without_locks_each_worker_has_its_share(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:  # type: ignore[no-untyped-def]
+    def refuse(fd: int, how: int) -> None:
+        raise OSError("no locks here")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    account = LedgerFile(tmp_path / "rates.json", Budget(requests_per_minute=600), 4)
+    lease = account.exchange(Report(rank=0, now_s=100.0, waiting=[(1.0, 1.0)] * 64))
+    assert not account.is_shared
+    assert lease.requests.step_s == pytest.approx(1.02 * 60 / 150)
+    account.close()

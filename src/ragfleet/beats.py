@@ -46,10 +46,16 @@ class Beat(msgspec.Struct, kw_only=True):
     succeeded: int = 0
     failed: int = 0
     in_flight: int = 0
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
     chunk: int | None = None
     stolen: int = 0
+    busy_s: float = 0.0
+    """Time with something in flight."""
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    """Of `prompt_tokens`, those whose prefill was there already."""
+    completion_tokens: int = 0
+    uncounted: int = 0
+    """Answers whose engine did not say how many prompt tokens were cached."""
     oldest_s: float = 0.0
     """Age of the oldest request in flight."""
     oldest_row: int | None = None

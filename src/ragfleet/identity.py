@@ -74,6 +74,8 @@ class RunFile(msgspec.Struct, kw_only=True):
     """What the last start was about, for `merge` and `status`."""
     merged: dict[str, Any] | None = None
     """Counts of the last complete merge, and the selection it was of."""
+    answer_tokens: float | None = None
+    """Mean length of the answers of the last start that made enough of them."""
 
 
 @dataclass(frozen=True)

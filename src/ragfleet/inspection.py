@@ -24,7 +24,7 @@ from ragfleet.launchers.torchrun import detect
 from ragfleet.merge import write_results
 from ragfleet.model_files import context_limit
 from ragfleet.plan import static_slices
-from ragfleet.planning import find_finished, index_contexts, selection_of
+from ragfleet.planning import cost_model, find_finished, index_contexts, selection_of
 from ragfleet.preparation import Preparation, prepare
 from ragfleet.records import Head, LazyRecord, parse_head
 from ragfleet.remote.asking import prepare as prepare_body
@@ -38,7 +38,7 @@ def plan_lines(config: RunConfig) -> list[str]:
     indexed = index_contexts(selection, preparation.identity.run_key)
     finished = find_finished(indexed, preparation.paths.output_file)
     done = finished.mask(indexed, config.retry_failed)
-    plan = indexed.plan(indexed.requests & ~done, config.schedule, config.max_new_tokens)
+    plan = indexed.plan(indexed.requests & ~done, config.schedule, cost_model(preparation))
     lines = header_lines(preparation, indexed, plan, finished)
     if done.any():
         lines.append(f"Finished  {int(done.sum()):,} requests by earlier starts; they are kept.")

@@ -5,7 +5,7 @@
       lock                    held by the process that plans and merges
       logs/                   one log per worker, and run.log
       launches/<launch_id>/   this start alone; may be deleted when nothing runs
-        records.npy order.npy chunks.npy
+        records.npy order.npy leads.npy chunks.npy
         launch.json           written last: its presence says that the plan is complete
         claims/ beats/ journals/
 
@@ -31,7 +31,8 @@ from ragfleet.errors import OutputError, StorageError
 from ragfleet.remote.spec import RemoteSpec
 from ragfleet.shards import fsync_directory
 
-FORMAT: Final = 1
+FORMAT: Final = 2
+WORK_ARRAYS: Final = ("records", "order", "leads", "chunks")
 
 
 class SeatSpec(msgspec.Struct, frozen=True, kw_only=True):
@@ -166,11 +167,13 @@ class Work:
     Attributes:
         records: [num_records] of index.RECORD.
         order: [num_requests] u4, rows of `records` that are to do.
+        leads: [num_requests] bool, where in `order` a prefix group begins.
         chunks: [num_chunks] of plan.CHUNK.
     """
 
     records: NDArray[Any]
     order: NDArray[Any]
+    leads: NDArray[Any]
     chunks: NDArray[Any]
 
     def board(self, num_workers: int) -> Board:
@@ -185,7 +188,7 @@ def write_launch(paths: LaunchPaths, launch: Launch, work: Work) -> None:
     try:
         for directory in (paths.claims, paths.beats, paths.journals):
             directory.mkdir(parents=True, exist_ok=True)
-        for name in ("records", "order", "chunks"):
+        for name in WORK_ARRAYS:
             np.save(paths.array(name), getattr(work, name))
     except OSError as error:  # numpy's own "324 requested and 250 written" has no strerror
         reason = error.strerror or "no space left on the device"
@@ -202,8 +205,7 @@ def read_launch(paths: LaunchPaths) -> Launch:
 
 def read_work(paths: LaunchPaths) -> Work:
     arrays = {
-        name: np.load(paths.array(name), mmap_mode="r", allow_pickle=False)
-        for name in ("records", "order", "chunks")
+        name: np.load(paths.array(name), mmap_mode="r", allow_pickle=False) for name in WORK_ARRAYS
     }
     return Work(**arrays)
 

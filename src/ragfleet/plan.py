@@ -1,14 +1,14 @@
 """Pure planning: which lines are selected, which requests they need, who answers them when.
 
-Owns slices, leaders of duplicates, prefix groups and chunks. No clock, no disk, no model: arrays
-in, arrays out, so that a plan over millions of records can be tested and reasoned about.
+Owns slices, leaders of duplicates, prefix groups, costs and chunks. No clock, no disk, no model:
+arrays in, arrays out, so that a plan over millions of records can be tested and reasoned about.
 """
 
 from __future__ import annotations
 
 import heapq
-from dataclasses import dataclass
-from typing import Any, Final
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,14 +16,24 @@ from numpy.typing import NDArray
 from ragfleet.index import Kind
 from ragfleet.records import repeat_key
 
+if TYPE_CHECKING:
+    from ragfleet.engines.protocol import RequestOrder
+
 CHUNKS_PER_WORKER: Final = 64
-"""Dynamic makespan comes within 0.3 % of the bound at 64 chunks a worker, 10 % at 4 (simulated)."""
+TAIL_SHARE: Final = 0.25
+TAIL_SPLIT: Final = 4
+"""The last quarter of the work stands in chunks of a quarter of the size: they come last, so little
+is left to wait for when the first worker runs out. `benchmarks/simulate_schedule.py` compares."""
+
+PIECE_PREFIXES: Final = 16
+"""A group is cut into pieces of so many times its prefix's cost, so that prefilling it again costs
+a sixteenth at most, while such a piece is less than a quarter of a worker's share."""
+ANSWER_RATIO: Final = 0.25
+"""Length of an average answer by max_new_tokens, until a start of the run has shown it. Taking
+max_new_tokens itself cuts groups much too small: far more prefill than the balance is worth."""
 
 CHUNK: Final = np.dtype([("start", "<u8"), ("stop", "<u8"), ("slice", "<u4"), ("cost", "<f8")])
 """`order[start:stop]` are the requests of a chunk; chunks of a slice stand in claiming order."""
-
-BYTES_PER_TOKEN: Final = 3.5
-"""Rough scale between prompt bytes and generated tokens; it only balances, it decides nothing."""
 
 
 def static_slices(total: int, num_workers: int) -> list[range]:
@@ -98,20 +108,46 @@ def join_key(hi: int, lo: int) -> bytes:
     return hi.to_bytes(8, "little") + lo.to_bytes(8, "little")
 
 
+@dataclass(frozen=True, kw_only=True)
+class CostModel:
+    """What requests cost, in prefill tokens; it only balances, it decides nothing."""
+
+    answer_tokens: float
+    """Length of an average answer."""
+    bytes_per_token: float = 3.5
+
+    def prefix(self, grouping: NDArray[Any], rows: NDArray[Any]) -> NDArray[np.float64]:
+        """Cost of the part of each prompt that its group shares."""
+        cost: NDArray[np.float64] = grouping["prefix_bytes"][rows] / self.bytes_per_token
+        return cost
+
+    def own(self, grouping: NDArray[Any], rows: NDArray[Any]) -> NDArray[np.float64]:
+        """Cost of the rest of each prompt, and of its answer."""
+        cost: NDArray[np.float64] = grouping["suffix_bytes"][rows] / self.bytes_per_token
+        return cost + self.answer_tokens
+
+
 @dataclass(frozen=True)
 class Plan:
-    """Who does what.
+    """Who does what. Costs are in prefill tokens.
 
     Attributes:
         order: [num_requests] u4, index rows in planned order.
+        leads: [num_requests] bool, where in `order` the requests of another prefix group begin.
         chunks: [num_chunks] of CHUNK; the position is the chunk's number.
         num_groups: distinct prefixes among the requests.
-        lower_bound_cost: no schedule can finish before this cost is done by one worker.
+        least_cost: of all requests, each distinct prefix counted once.
+        planned_cost: of all chunks, a prefix counted in each chunk that needs it.
+        lower_bound_cost: no schedule can finish before one worker has done this much: an even
+            share of `least_cost`, or the costliest single request.
     """
 
     order: NDArray[np.uint32]
+    leads: NDArray[np.bool_]
     chunks: NDArray[Any]
     num_groups: int
+    least_cost: float
+    planned_cost: float
     lower_bound_cost: float
 
     def slice_costs(self, num_workers: int) -> list[float]:
@@ -122,99 +158,145 @@ class Plan:
 
 
 def plan_static(
-    requests: NDArray[np.bool_],
-    grouping: NDArray[Any],
-    selected: list[range],
-    max_new_tokens: int,
+    requests: NDArray[np.bool_], grouping: NDArray[Any], selected: list[range], costs: CostModel
 ) -> Plan:
     """The documented rule: each worker its contiguous slice in file order, cut into chunks."""
-    orders, chunks, start = [], [], 0
+    orders, pieces, start = [], [], 0
     for worker, part in enumerate(selected):
         rows = part.start + np.flatnonzero(requests[part.start : part.stop])
         orders.append(rows)
         for piece in static_slices(len(rows), min(CHUNKS_PER_WORKER, max(len(rows), 1))):
             if len(piece):
-                cost = float(
-                    _own_cost(grouping, rows[piece.start : piece.stop], max_new_tokens).sum()
-                )
-                chunks.append((start + piece.start, start + piece.stop, worker, cost))
+                pieces.append((start + piece.start, start + piece.stop, worker, 0.0))
         start += len(rows)
-    order = np.concatenate(orders).astype(np.uint32) if orders else np.zeros(0, np.uint32)
-    return Plan(
-        order=order,
-        chunks=np.array(chunks, dtype=CHUNK),
-        num_groups=len(np.unique(grouping["group"][order])),
-        lower_bound_cost=_lower_bound(chunks, len(selected)),
-    )
+    order = np.concatenate(orders) if orders else np.zeros(0, np.int64)
+    chunks = np.array(pieces, dtype=CHUNK)
+    _, first = np.unique(grouping["group"][order], return_index=True)
+    return _costed(order, first, grouping, chunks, len(selected), costs)
 
 
 def plan_dynamic(
-    requests: NDArray[np.bool_], grouping: NDArray[Any], num_workers: int, max_new_tokens: int
+    requests: NDArray[np.bool_], grouping: NDArray[Any], num_workers: int, costs: CostModel
 ) -> Plan:
     """Prefix groups kept together, cut into chunks of even cost, spread by LPT.
 
     Groups stand in order of first appearance, which keeps reads of the input near each other. A
     group is whole in one chunk unless it is larger than a chunk; then its prefix is counted once in
     each piece. LPT is Graham's rule (SIAM J. Appl. Math. 17, 1969): the costliest chunk to the
-    least loaded slice.
+    least loaded slice. Chunks that shrink towards the end are the idea of guided self-scheduling
+    (Polychronopoulos and Kuck, IEEE Trans. Comput. 36, 1987).
     """
-    rows = np.flatnonzero(requests)
+    rows, starts = _by_group(np.flatnonzero(requests), grouping)
     if not len(rows):
-        return Plan(
-            order=np.zeros(0, np.uint32),
-            chunks=np.zeros(0, CHUNK),
-            num_groups=0,
-            lower_bound_cost=0.0,
-        )
-    _, first, group = np.unique(grouping["group"][rows], return_index=True, return_inverse=True)
-    by_group = np.argsort(first[group], kind="stable")
-    rows, group_start_row = rows[by_group], first[group][by_group]
-    starts = np.flatnonzero(np.r_[True, group_start_row[1:] != group_start_row[:-1]])
-    group_of = np.repeat(np.arange(len(starts)), np.diff(np.r_[starts, len(rows)]))
-
-    prefix = grouping["prefix_bytes"][rows].astype(np.float64)
-    own = _own_cost(grouping, rows, max_new_tokens)
-    cost = own.copy()
-    cost[starts] += prefix[starts]
-    before = np.cumsum(cost) - cost
-    least_cost = float(cost.sum())  # each prefix once
-    target = least_cost / (num_workers * CHUNKS_PER_WORKER)
-    group_cost = np.add.reduceat(cost, starts)
-    is_large = group_cost > target
-    position = np.where(is_large[group_of], before, before[starts][group_of])
-    # A large group starts a chunk of its own, and so does what follows it.
-    number = np.floor(position / target).astype(np.int64)
-    edge = is_large | np.r_[False, is_large[:-1]]
-    is_new = np.r_[True, number[1:] != number[:-1]]
-    is_new[starts[edge]] = True
-    begin = np.flatnonzero(is_new)
-    end = np.r_[begin[1:], len(rows)]
-    cost[begin] = own[begin] + prefix[begin]
-    chunk_cost = np.add.reduceat(cost, begin)
-
+        return _costed(rows, starts, grouping, np.zeros(0, CHUNK), num_workers, costs)
+    begin = _cut(rows, starts, grouping, num_workers, costs)
     chunks = np.zeros(len(begin), CHUNK)
-    chunks["start"], chunks["stop"], chunks["cost"] = begin, end, chunk_cost
-    costly_first = np.argsort(-chunk_cost, kind="stable")
+    chunks["start"], chunks["stop"] = begin, np.r_[begin[1:], len(rows)]
+    plan = _costed(rows, starts, grouping, chunks, num_workers, costs)
+    chunks = plan.chunks[np.argsort(-plan.chunks["cost"], kind="stable")]
     loads = [(0.0, worker) for worker in range(num_workers)]
-    for chunk in costly_first:
-        load, worker = heapq.heappop(loads)
+    for chunk, cost in enumerate(chunks["cost"].tolist()):
+        load, worker = loads[0]
         chunks["slice"][chunk] = worker
-        heapq.heappush(loads, (load + float(chunk_cost[chunk]), worker))
-    chunks = chunks[costly_first]
+        heapq.heapreplace(loads, (load + cost, worker))
+    return replace(plan, chunks=chunks)
+
+
+def arrange(
+    leads: NDArray[np.bool_], lengths: NDArray[Any], order: RequestOrder
+) -> NDArray[np.intp]:
+    """The permutation that brings a chunk's requests into the order an engine prefers.
+
+    Args:
+        leads: [n] where a prefix group begins, in the planned order (each group together).
+        lengths: [n] of the requests, in any unit.
+    """
+    if order == "leader_first":
+        return np.argsort(~leads, kind="stable")
+    if order == "by_length":
+        return np.argsort(-lengths.astype(np.int64), kind="stable")
+    return np.arange(len(leads))
+
+
+def _by_group(
+    rows: NDArray[np.intp], grouping: NDArray[Any]
+) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+    """Rows with the members of each group together, and where in them each group starts."""
+    group = grouping["group"][rows]
+    by_group = np.argsort(group, kind="stable")
+    ordered = group[by_group]
+    starts = np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]][: len(rows)])
+    sizes = np.diff(np.r_[starts, len(rows)])
+    # Each group as a run at its first appearance: runs in order of their first row.
+    by_first = np.argsort(by_group[starts], kind="stable")
+    moved = np.cumsum(sizes[by_first]) - sizes[by_first]
+    source = np.repeat(starts[by_first] - moved, sizes[by_first]) + np.arange(len(rows))
+    return rows[by_group[source]], moved
+
+
+def _cut(
+    rows: NDArray[np.intp],
+    starts: NDArray[np.intp],
+    grouping: NDArray[Any],
+    num_workers: int,
+    costs: CostModel,
+) -> NDArray[np.intp]:
+    """Where in `rows` the chunks begin."""
+    sizes = np.diff(np.r_[starts, len(rows)])
+    own, prefix = costs.own(grouping, rows), costs.prefix(grouping, rows[starts])
+    own_of_group = np.add.reduceat(own, starts)
+    share = float(own_of_group.sum() + prefix.sum()) / num_workers
+    target = share / CHUNKS_PER_WORKER
+    # Groups up to a chunk's size fill chunks one after the other, with smaller ones in the tail.
+    before = np.cumsum(own_of_group + prefix) - (own_of_group + prefix)
+    tail = (1 - TAIL_SHARE) * share * num_workers
+    number = np.floor(np.minimum(before, tail) / target)
+    number += np.floor(np.maximum(before - tail, 0) / (target / TAIL_SPLIT))
+    # A larger one is alone, in even pieces that are worth prefilling its prefix again.
+    is_large = own_of_group + prefix > target
+    piece = np.minimum(PIECE_PREFIXES * prefix, np.clip(prefix, share / 4, share / 2))
+    piece = np.maximum(target, piece)
+    step = own_of_group / np.ceil(own_of_group / piece)
+    own_before = np.cumsum(own) - own
+    within = own_before - np.repeat(own_before[starts], sizes)
+    number = np.where(
+        np.repeat(is_large, sizes), within // np.repeat(step, sizes), np.repeat(number, sizes)
+    )
+    is_new = np.r_[True, number[1:] != number[:-1]]
+    is_new[starts[is_large | np.r_[False, is_large[:-1]]]] = True
+    return np.flatnonzero(is_new)
+
+
+def _costed(
+    rows: NDArray[np.intp],
+    first: NDArray[np.intp],
+    grouping: NDArray[Any],
+    chunks: NDArray[Any],
+    num_workers: int,
+    costs: CostModel,
+) -> Plan:
+    """The plan of these chunks, with the costs filled in.
+
+    Args:
+        rows: [num_requests] in planned order.
+        first: [num_groups] where in `rows` each group first appears.
+    """
+    if not len(rows):
+        nothing = np.zeros(0, bool)
+        return Plan(rows.astype(np.uint32), nothing, chunks, 0, 0.0, 0.0, 0.0)
+    group = grouping["group"][rows]
+    begin = chunks["start"].astype(np.intp)
+    leads = np.r_[True, group[1:] != group[:-1]]
+    leads[begin] = True
+    prefix, own = costs.prefix(grouping, rows), costs.own(grouping, rows)
+    chunks["cost"] = np.add.reduceat(own + prefix * leads, begin)
+    least = float(own.sum() + prefix[first].sum())
     return Plan(
         order=rows.astype(np.uint32),
+        leads=leads,
         chunks=chunks,
-        num_groups=len(starts),
-        lower_bound_cost=max(least_cost / num_workers, float(chunk_cost.max())),
+        num_groups=len(first),
+        least_cost=least,
+        planned_cost=float(chunks["cost"].sum()),
+        lower_bound_cost=max(least / num_workers, float((own + prefix).max())),
     )
-
-
-def _own_cost(grouping: NDArray[Any], rows: NDArray[Any], max_new_tokens: int) -> NDArray[Any]:
-    """Cost of each request without its shared prefix, in prompt bytes."""
-    cost: NDArray[Any] = grouping["suffix_bytes"][rows] + max_new_tokens * BYTES_PER_TOKEN
-    return cost
-
-
-def _lower_bound(chunks: list[tuple[int, int, int, float]], num_workers: int) -> float:
-    total = sum(cost for *_, cost in chunks)
-    return max(total / num_workers, max((cost for *_, cost in chunks), default=0.0))

@@ -14,7 +14,17 @@ from ragfleet.config import RunConfig
 from ragfleet.identity import Selection
 from ragfleet.index import Index, build_index
 from ragfleet.merge import MergeJob
-from ragfleet.plan import Plan, find_leaders, plan_dynamic, plan_static, select, selected_mask
+from ragfleet.plan import (
+    ANSWER_RATIO,
+    CostModel,
+    Plan,
+    find_leaders,
+    plan_dynamic,
+    plan_static,
+    select,
+    selected_mask,
+)
+from ragfleet.preparation import Preparation
 from ragfleet.records import Keyer
 from ragfleet.shards import Winners, choose, list_shards, scan_shards
 
@@ -58,12 +68,12 @@ class Indexed:
             mark_unfinished=mark_unfinished,
         )
 
-    def plan(self, to_do: NDArray[np.bool_], schedule: str, max_new_tokens: int) -> Plan:
+    def plan(self, to_do: NDArray[np.bool_], schedule: str, costs: CostModel) -> Plan:
         """Plan the rows of `to_do`, a part of `requests`."""
         grouping = self.index.grouping
         if schedule == "static":
-            return plan_static(to_do, grouping, self.selected, max_new_tokens)
-        return plan_dynamic(to_do, grouping, self.selection.num_workers, max_new_tokens)
+            return plan_static(to_do, grouping, self.selected, costs)
+        return plan_dynamic(to_do, grouping, self.selection.num_workers, costs)
 
 
 def selection_of(config: RunConfig, num_workers: int, key_fields: list[str] | None) -> Selection:
@@ -91,6 +101,13 @@ def index_contexts(
     mask = selected_mask(len(index), selected)
     requests = find_leaders(index.records, mask, selection.distinct)
     return Indexed(selection, index, selected, requests)
+
+
+def cost_model(preparation: Preparation) -> CostModel:
+    """What is known beforehand of the costs; an earlier start knows how long answers are."""
+    before = preparation.run_file.answer_tokens if preparation.run_file is not None else None
+    assumed = ANSWER_RATIO * preparation.config.max_new_tokens
+    return CostModel(answer_tokens=assumed if before is None else before)
 
 
 @dataclass(frozen=True)

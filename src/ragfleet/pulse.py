@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 from ragfleet.beats import BEAT_S, Beat, State, write_beat
 from ragfleet.claims import ClaimStore
+from ragfleet.engines.protocol import Completion
 from ragfleet.errors import StorageError
 from ragfleet.launch import LaunchPaths
 from ragfleet.shards import ShardWriter
@@ -24,14 +25,27 @@ class Counters:
     state: State = "loading"
     succeeded: int = 0
     failed: int = 0
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
     stolen: int = 0
+    busy_s: float = 0.0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    completion_tokens: int = 0
+    uncounted: int = 0
     chunk: int | None = None
     generations: dict[int, int] = field(default_factory=dict)
     """Generation of the claim on each chunk this worker has open."""
     superseded: set[tuple[int, int]] = field(default_factory=set)
     """Claims (chunk, generation) taken over by somebody who believed this worker dead."""
+
+    def count(self, completion: Completion) -> None:
+        """Add up an answer and what it took."""
+        self.succeeded += 1
+        if completion.prompt_tokens is None or completion.cached_tokens is None:
+            self.uncounted += 1
+        else:
+            self.cached_tokens += completion.cached_tokens
+        self.prompt_tokens += completion.prompt_tokens or 0
+        self.completion_tokens += completion.completion_tokens or 0
 
 
 class Pulse:
@@ -92,10 +106,13 @@ class Pulse:
             succeeded=counters.succeeded,
             failed=counters.failed,
             in_flight=in_flight,
-            prompt_tokens=counters.prompt_tokens,
-            completion_tokens=counters.completion_tokens,
             chunk=counters.chunk,
             stolen=counters.stolen,
+            busy_s=counters.busy_s,
+            prompt_tokens=counters.prompt_tokens,
+            cached_tokens=counters.cached_tokens,
+            completion_tokens=counters.completion_tokens,
+            uncounted=counters.uncounted,
             oldest_s=time.monotonic() - started_s if in_flight else 0.0,
             oldest_row=row if in_flight else None,
         )

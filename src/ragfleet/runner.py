@@ -7,6 +7,7 @@ watch their worker.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import os
@@ -53,7 +54,14 @@ from ragfleet.launchers import torchrun
 from ragfleet.launchers.supervisor import Seat, Supervisor
 from ragfleet.launchers.torchrun import TorchrunRank
 from ragfleet.merge import write_results
-from ragfleet.planning import Finished, Indexed, find_finished, index_contexts, selection_of
+from ragfleet.planning import (
+    Finished,
+    Indexed,
+    cost_model,
+    find_finished,
+    index_contexts,
+    selection_of,
+)
 from ragfleet.preparation import Preparation, check_paths, prepare
 from ragfleet.run_lock import RunLock
 from ragfleet.shards import list_shards
@@ -62,6 +70,8 @@ from ragfleet.summary import MergeStatistics, RunSummary
 _PLAN_WAIT_S: Final = 1800.0
 _PLAN_NOTE_S: Final = 30.0
 _POLL_S: Final = 0.2
+_ENOUGH: Final = 32
+"""Answers whose mean length says something of the others."""
 _STORAGE_ERRORS: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 
@@ -135,7 +145,7 @@ class _Run:
             summary = self.already_removed(preparation, indexed)
             if summary is None:
                 run_file = self.begin(preparation, indexed)
-                resumed = self.generate(preparation, indexed, lock)
+                resumed = self.generate(preparation, indexed, lock, run_file)
                 summary = self.merge(preparation.paths, run_file, indexed, resumed)
         return summary
 
@@ -215,16 +225,19 @@ class _Run:
             class_hash=before.class_hash if before else preparation.class_hash,
             selection=msgspec.structs.replace(indexed.selection, launch_id=self.launch_id),
             merged=before.merged if before else None,
+            answer_tokens=before.answer_tokens if before else None,
         )
         write_run_file(preparation.paths, run_file)
         return run_file
 
-    def generate(self, preparation: Preparation, indexed: Indexed, lock: RunLock) -> int:
+    def generate(
+        self, preparation: Preparation, indexed: Indexed, lock: RunLock, run_file: RunFile
+    ) -> int:
         """Run workers until every request has an outcome; return how many had one before."""
         paths, config = preparation.paths, self.config
         finished = find_finished(indexed, paths.output_file)
         done = finished.mask(indexed, config.retry_failed)
-        plan = indexed.plan(indexed.requests & ~done, config.schedule, config.max_new_tokens)
+        plan = indexed.plan(indexed.requests & ~done, config.schedule, cost_model(preparation))
         num_finished, to_do = int(done.sum()), len(plan.order)
         header = header_lines(preparation, indexed, plan, finished)
         self.say(Event("header", "\n".join(header)))
@@ -243,7 +256,7 @@ class _Run:
         if self.rank is None and config.schedule == "dynamic":
             num_started = min(num_started, len(plan.chunks))
         launch = self.make_launch(preparation, num_started)
-        work = Work(indexed.index.records, plan.order, plan.chunks)
+        work = Work(indexed.index.records, plan.order, plan.leads, plan.chunks)
         paths.logs.mkdir(exist_ok=True)
         if preparation.remote is not None:
             begin_account(launch_paths.directory, preparation.remote, indexed, finished)
@@ -264,6 +277,9 @@ class _Run:
         try:
             supervisor.run()
         except (Interrupted, RunError) as error:
+            run_file.answer_tokens = self.answer_tokens(run_file)
+            with contextlib.suppress(StorageError):  # the disk may be full
+                write_run_file(paths, run_file)
             raise self.told(error, indexed, paths) from error
         return num_finished
 
@@ -324,6 +340,12 @@ class _Run:
         data = {"beats": self.beats, "kept": self.finished, "left": self.to_do}
         self.say(Event("progress", data={**data, "cost": self.cost(prompt, completion)}))
 
+    def answer_tokens(self, run_file: RunFile) -> float | None:
+        """Mean length of the answers so far: better than any guess for planning what remains."""
+        answered = sum(beat.succeeded for beat in self.beats.values())
+        tokens = sum(beat.completion_tokens for beat in self.beats.values())
+        return tokens / answered if tokens and answered >= _ENOUGH else run_file.answer_tokens
+
     def told(
         self, error: Interrupted | RunError, indexed: Indexed, paths: RunPaths
     ) -> Interrupted | RunError:
@@ -373,6 +395,7 @@ class _Run:
             "digest": indexed.digest(),
             "shards_removed": self.config.remove_shards,
         }
+        run_file.answer_tokens = self.answer_tokens(run_file)
         write_run_file(paths, run_file)
         if self.config.remove_shards:
             for shard in finished.shards:

@@ -29,12 +29,14 @@ from ragfleet.engines.protocol import (
     Outcome,
     Prepared,
     Request,
+    RequestOrder,
 )
 from ragfleet.errors import InputChanged, RunError
 from ragfleet.events import EventPipe
 from ragfleet.index import read_lines
 from ragfleet.journal import Journal
 from ragfleet.launch import Launch, LaunchPaths, read_work
+from ragfleet.plan import arrange
 from ragfleet.poison import Suspicion
 from ragfleet.pulse import Counters, Pulse
 from ragfleet.records import (
@@ -139,6 +141,7 @@ class Worker:
         """Failures until the first success, then None: see `_BREAKER`."""
         self._failure_kinds: set[str] = set()
         self._is_first = True
+        self._order: RequestOrder = "grouped"
 
     # ---- the loop
 
@@ -150,14 +153,17 @@ class Worker:
         if self.timeout_s is None and info.may_block:
             self.timeout_s = _BLOCKING_TIMEOUT_S
         limit_s = self.timeout_s if info.may_block else None
+        self._order = info.order
         self.events.send("ready", info.name, notes=list(info.notes), blocked_after_s=limit_s)
         self.refresh()
         while True:
             if self.draining and info.survives:
                 break
+            started_s = time.monotonic()
             if self.fill(info) or self.try_suspects():
                 for outcome in self.engine.step(_STEP_S):
                     self.finish(outcome)
+                self.counters.busy_s += time.monotonic() - started_s
                 self.pulse.check()
             elif not self.look_around():
                 break
@@ -257,7 +263,9 @@ class Worker:
 
     def open_chunk(self, claim: Claim) -> _Chunk:
         chunk = self.work.chunks[claim.chunk]
-        rows = self.work.order[int(chunk["start"]) : int(chunk["stop"])]
+        place = slice(int(chunk["start"]), int(chunk["stop"]))
+        rows = self.work.order[place]
+        rows = rows[arrange(self.work.leads[place], self.work.records["length"][rows], self._order)]
         records = self.work.records[rows]
         keys = np.column_stack((records["key_hi"], records["key_lo"])).astype("<u8").tobytes()
         skip: set[bytes] = set()
@@ -423,9 +431,7 @@ class Worker:
                 self._is_first = False
                 self.show_first(item, outcome, inference_time)
             self.release_withheld()
-            self.counters.succeeded += 1
-            self.counters.prompt_tokens += outcome.prompt_tokens or 0
-            self.counters.completion_tokens += outcome.completion_tokens or 0
+            self.counters.count(outcome)
             self.append_completion(item, outcome, inference_time)
         elif outcome.retryable and item.attempts <= self.launch.max_retries:
             item.attempts += 1

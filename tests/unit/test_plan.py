@@ -13,9 +13,13 @@ from numpy.typing import NDArray
 
 from ragfleet.index import GROUPING, RECORD, Kind
 from ragfleet.plan import (
-    BYTES_PER_TOKEN,
     CHUNKS_PER_WORKER,
+    PIECE_PREFIXES,
+    TAIL_SHARE,
+    TAIL_SPLIT,
+    CostModel,
     Plan,
+    arrange,
     find_leaders,
     join_key,
     plan_dynamic,
@@ -154,8 +158,8 @@ def test_keys_split_and_join(key: bytes) -> None:
 
 
 @st.composite
-def problems(draw: st.DrawFn) -> tuple[NDArray[np.bool_], NDArray[Any], int, int]:
-    """(requests, grouping, num_workers, max_new_tokens), from a few to some hundred records."""
+def problems(draw: st.DrawFn) -> tuple[NDArray[np.bool_], NDArray[Any], int, CostModel]:
+    """(requests, grouping, num_workers, costs), from a few to some hundred records."""
     total = draw(st.integers(0, 400))
     random = np.random.default_rng(draw(st.integers(0, 2**32)))
     grouping = np.zeros(total, GROUPING)
@@ -169,7 +173,8 @@ def problems(draw: st.DrawFn) -> tuple[NDArray[np.bool_], NDArray[Any], int, int
     grouping["prefix_bytes"] = prefix[group] if total else 0
     grouping["suffix_bytes"] = random.integers(0, draw(st.sampled_from([1, 100])), total)
     requests = random.random(total) < draw(st.sampled_from([0.3, 1.0]))
-    return requests, grouping, draw(counts), draw(st.sampled_from([1, 512]))
+    costs = CostModel(answer_tokens=draw(st.sampled_from([0.25, 128.0])), bytes_per_token=2.5)
+    return requests, grouping, draw(counts), costs
 
 
 def is_partition(plan: Plan, requests: NDArray[np.bool_]) -> bool:
@@ -182,38 +187,42 @@ def is_partition(plan: Plan, requests: NDArray[np.bool_]) -> bool:
     )
 
 
-def cost_of(grouping: NDArray[Any], rows: NDArray[Any], max_new_tokens: int) -> float:
+def cost_of(grouping: NDArray[Any], rows: NDArray[Any], costs: CostModel) -> float:
     """Written again by hand: suffixes and answers, and each group's prefix once."""
     total = 0.0
     for row in rows.tolist():
-        total += int(grouping["suffix_bytes"][row]) + max_new_tokens * BYTES_PER_TOKEN
+        total += int(grouping["suffix_bytes"][row]) / costs.bytes_per_token + costs.answer_tokens
     first = {int(grouping["group"][row]): int(grouping["prefix_bytes"][row]) for row in rows}
-    return total + sum(first.values())
+    return total + sum(first.values()) / costs.bytes_per_token
 
 
 @given(problems())
 @settings(max_examples=60)
 def test_dynamic_chunks_partition_the_requests(problem: Any) -> None:
-    requests, grouping, num_workers, max_new_tokens = problem
-    plan = plan_dynamic(requests, grouping, num_workers, max_new_tokens)
+    requests, grouping, num_workers, costs = problem
+    plan = plan_dynamic(requests, grouping, num_workers, costs)
     assert is_partition(plan, requests)
     assert plan.num_groups == len(np.unique(grouping["group"][requests]))
     if not len(plan.order):
         return
     assert plan.chunks["slice"].max() < num_workers
-    costs = plan.chunks["cost"]
-    assert np.all(costs[:-1] >= costs[1:]), "costly ones first, small ones last"
+    found = plan.chunks["cost"]
+    assert np.all(found[:-1] >= found[1:]), "costly ones first, small ones last"
     for start, stop, _, cost in plan.chunks.tolist():
-        assert cost == pytest.approx(cost_of(grouping, plan.order[start:stop], max_new_tokens))
+        assert cost == pytest.approx(cost_of(grouping, plan.order[start:stop], costs))
+        groups = grouping["group"][plan.order[start:stop]]
+        assert plan.leads[start:stop].tolist() == [True, *(groups[1:] != groups[:-1]).tolist()]
+    assert plan.least_cost == pytest.approx(cost_of(grouping, plan.order, costs))
+    assert plan.planned_cost == pytest.approx(float(found.sum()))
 
 
 @given(problems())
 @settings(max_examples=60)
 def test_a_group_stays_in_one_chunk_unless_it_is_larger_than_one(problem: Any) -> None:
-    requests, grouping, num_workers, max_new_tokens = problem
-    plan = plan_dynamic(requests, grouping, num_workers, max_new_tokens)
+    requests, grouping, num_workers, costs = problem
+    plan = plan_dynamic(requests, grouping, num_workers, costs)
     rows = np.flatnonzero(requests)
-    target = cost_of(grouping, rows, max_new_tokens) / (num_workers * CHUNKS_PER_WORKER)
+    target = cost_of(grouping, rows, costs) / (num_workers * CHUNKS_PER_WORKER)
     groups = grouping["group"][plan.order]
     stands = np.flatnonzero(np.r_[True, groups[1:] != groups[:-1]]) if len(groups) else []
     assert len(stands) == plan.num_groups, "records of a group stand together"
@@ -226,19 +235,19 @@ def test_a_group_stays_in_one_chunk_unless_it_is_larger_than_one(problem: Any) -
         mine = plan.order[groups == group]
         assert mine.tolist() == sorted(mine.tolist())
         chunks = set(chunk_of[groups == group].tolist())
-        if cost_of(grouping, mine, max_new_tokens) < target * (1 - 1e-9):
+        if cost_of(grouping, mine, costs) < target * (1 - 1e-9):
             assert len(chunks) == 1
-        elif cost_of(grouping, mine, max_new_tokens) > target * (1 + 1e-9):
+        elif cost_of(grouping, mine, costs) > target * (1 + 1e-9):
             assert all(set(groups[chunk_of == chunk]) == {group} for chunk in chunks), "alone"
 
 
 @given(problems(), limits)
 @settings(max_examples=60)
 def test_static_chunks_partition_the_requests_by_slice(problem: Any, limit: int | None) -> None:
-    requests, grouping, num_workers, max_new_tokens = problem
+    requests, grouping, num_workers, costs = problem
     selected = select(len(requests), num_workers, limit)
     requests = requests & selected_mask(len(requests), selected)
-    plan = plan_static(requests, grouping, selected, max_new_tokens)
+    plan = plan_static(requests, grouping, selected, costs)
     assert is_partition(plan, requests)
     assert plan.order.tolist() == sorted(plan.order.tolist()), "in file order"
     for start, stop, worker, _ in plan.chunks.tolist():
@@ -252,32 +261,76 @@ def test_static_chunks_partition_the_requests_by_slice(problem: Any, limit: int 
 @given(problems())
 @settings(max_examples=60)
 def test_no_slice_is_below_the_bound_and_lpt_is_near_it(problem: Any) -> None:
-    requests, grouping, num_workers, max_new_tokens = problem
-    plan = plan_dynamic(requests, grouping, num_workers, max_new_tokens)
-    costs = plan.slice_costs(num_workers)
-    assert len(costs) == num_workers
-    assert plan.lower_bound_cost <= max(costs) * (1 + 1e-9)
+    requests, grouping, num_workers, costs = problem
+    plan = plan_dynamic(requests, grouping, num_workers, costs)
+    loads = plan.slice_costs(num_workers)
+    assert len(loads) == num_workers
+    assert plan.lower_bound_cost <= max(loads) * (1 + 1e-9)
     largest = float(plan.chunks["cost"].max()) if len(plan.order) else 0.0
-    assert sum(costs) == pytest.approx(float(plan.chunks["cost"].sum()))
-    # Graham: an LPT schedule is within 4/3 - 1/(3m) of the best, which is at least this.
-    best = max(sum(costs) / num_workers, largest)
-    assert max(costs) <= sum(costs) / num_workers + largest * (1 + 1e-9)
-    assert max(costs) <= 2 * best * (1 + 1e-9)
+    assert sum(loads) == pytest.approx(plan.planned_cost)
+    # Graham: list scheduling is within (2 - 1/m) of the best, and what the best takes is at least
+    # an even share and at least the largest chunk.
+    best = max(sum(loads) / num_workers, largest)
+    assert max(loads) <= sum(loads) / num_workers + largest * (1 + 1e-9)
+    assert max(loads) <= (2 - 1 / num_workers) * best * (1 + 1e-9)
     selected = static_slices(len(requests), num_workers)
-    static = plan_static(requests, grouping, selected, max_new_tokens)
+    static = plan_static(requests, grouping, selected, costs)
     assert static.lower_bound_cost <= max(static.slice_costs(num_workers)) * (1 + 1e-9)
+    assert static.lower_bound_cost == pytest.approx(plan.lower_bound_cost), "of the work alone"
+    assert static.least_cost == pytest.approx(plan.least_cost)
 
 
 @given(problems())
 @settings(max_examples=40)
 def test_the_bound_counts_each_context_once(problem: Any) -> None:
-    """However groups are cut, no worker count can do less than all of it once."""
-    requests, grouping, num_workers, max_new_tokens = problem
-    plan = plan_dynamic(requests, grouping, num_workers, max_new_tokens)
+    """However groups are cut, no schedule can do less than all of it once, or half a request."""
+    requests, grouping, num_workers, costs = problem
+    plan = plan_dynamic(requests, grouping, num_workers, costs)
     if len(plan.order):
-        once = cost_of(grouping, np.flatnonzero(requests), max_new_tokens)
-        largest = float(plan.chunks["cost"].max())
+        rows = np.flatnonzero(requests)
+        largest = max(cost_of(grouping, np.array([row]), costs) for row in rows)
+        once = cost_of(grouping, rows, costs)
         assert plan.lower_bound_cost == pytest.approx(max(once / num_workers, largest))
+
+
+@given(problems())
+@settings(max_examples=60)
+def test_cutting_a_group_costs_little_prefill_or_was_needed(problem: Any) -> None:
+    requests, grouping, num_workers, costs = problem
+    plan = plan_dynamic(requests, grouping, num_workers, costs)
+    groups = grouping["group"][plan.order]
+    for group in np.unique(groups):
+        rows = plan.order[groups == group]
+        pieces = int(plan.leads[groups == group].sum())
+        prefix = int(grouping["prefix_bytes"][rows[0]]) / costs.bytes_per_token
+        own = cost_of(grouping, rows, costs) - prefix
+        share = plan.least_cost / num_workers
+        worth = max(share / CHUNKS_PER_WORKER, min(PIECE_PREFIXES * prefix, share / 4))
+        assert pieces <= np.ceil(own / worth * (1 + 1e-9))
+
+
+@given(problems(), st.sampled_from(["grouped", "leader_first", "by_length"]))
+@settings(max_examples=60)
+def test_a_chunk_is_arranged_for_its_engine(problem: Any, order: Any) -> None:
+    requests, grouping, num_workers, costs = problem
+    plan = plan_dynamic(requests, grouping, num_workers, costs)
+    lengths = grouping["prefix_bytes"] + grouping["suffix_bytes"]
+    for start, stop, *_ in plan.chunks.tolist():
+        rows, leads = plan.order[start:stop], plan.leads[start:stop]
+        place = arrange(leads, lengths[rows], order)
+        assert sorted(place.tolist()) == list(range(stop - start))
+        arranged = rows[place]
+        groups = grouping["group"][arranged].tolist()
+        if order == "grouped":
+            assert arranged.tolist() == rows.tolist()
+        elif order == "leader_first":
+            num_groups = int(leads.sum())
+            assert len(set(groups[:num_groups])) == num_groups, "one of each group, then the rest"
+            rest = groups[num_groups:]
+            assert sum(one != other for one, other in pairwise(rest)) < max(1, len(set(rest)))
+        else:
+            sizes = lengths[arranged].tolist()
+            assert sizes == sorted(sizes, reverse=True)
 
 
 @pytest.mark.parametrize("num_workers", [2, 4, 8])
@@ -287,29 +340,39 @@ def test_many_records_are_spread_within_a_percent(num_workers: int) -> None:
     grouping["group"] = np.arange(20_000) // 5
     grouping["prefix_bytes"] = np.repeat(random.lognormal(7, 1, 4_000), 5)
     grouping["suffix_bytes"] = random.integers(20, 200, 20_000)
-    plan = plan_dynamic(np.ones(20_000, bool), grouping, num_workers, 64)
+    plan = plan_dynamic(np.ones(20_000, bool), grouping, num_workers, CostModel(answer_tokens=16))
     assert max(plan.slice_costs(num_workers)) < 1.01 * plan.lower_bound_cost
-    expected = num_workers * CHUNKS_PER_WORKER
+    expected = num_workers * CHUNKS_PER_WORKER * (1 - TAIL_SHARE + TAIL_SHARE * TAIL_SPLIT)
     assert 0.8 * expected < len(plan.chunks) < 1.5 * expected
 
 
 def test_one_huge_context_is_cut_and_its_second_prefill_counted() -> None:
     grouping = np.zeros(100, GROUPING)
     grouping["prefix_bytes"], grouping["suffix_bytes"] = 5_000, 100
-    plan = plan_dynamic(np.ones(100, bool), grouping, 2, 10)
+    costs = CostModel(answer_tokens=10, bytes_per_token=1)
+    plan = plan_dynamic(np.ones(100, bool), grouping, 2, costs)
     assert plan.num_groups == 1
-    assert len(plan.chunks) > 1
-    own = 100 * (100 + 10 * BYTES_PER_TOKEN)
-    assert plan.chunks["cost"].sum() == pytest.approx(own + 5_000 * len(plan.chunks))
+    assert len(plan.chunks) == 3, "pieces of at most half a share, so that two workers have some"
+    own = 100 * (100 + 10)
+    assert plan.planned_cost == pytest.approx(own + 5_000 * 3)
     assert plan.lower_bound_cost == pytest.approx((own + 5_000) / 2)
+
+
+def test_a_context_that_costs_more_than_its_questions_is_not_prefilled_for_each() -> None:
+    grouping = np.zeros(100, GROUPING)
+    grouping["prefix_bytes"], grouping["suffix_bytes"] = 5_000, 20
+    costs = CostModel(answer_tokens=10, bytes_per_token=1)
+    plan = plan_dynamic(np.ones(100, bool), grouping, 8, costs)
+    assert len(plan.chunks) <= 8
+    assert max(plan.slice_costs(8)) < 0.8 * plan.least_cost
 
 
 def test_nothing_to_do_is_a_plan_too() -> None:
     nothing = np.zeros(3, bool)
     grouping = np.zeros(3, GROUPING)
     for plan in (
-        plan_dynamic(nothing, grouping, 2, 8),
-        plan_static(nothing, grouping, static_slices(3, 2), 8),
+        plan_dynamic(nothing, grouping, 2, CostModel(answer_tokens=8)),
+        plan_static(nothing, grouping, static_slices(3, 2), CostModel(answer_tokens=8)),
     ):
         assert len(plan.order) == len(plan.chunks) == plan.num_groups == 0
         assert plan.slice_costs(2) == [0.0, 0.0]

@@ -30,6 +30,11 @@ RequestKey = bytes
 
 FinishReason = Literal["stop", "length"]
 
+RequestOrder = Literal["grouped", "leader_first", "by_length"]
+"""In which order an engine likes the requests of a chunk: each prefix group together; one request
+of each group, then the others (for prefix caches that share only what is finished); the longest
+first (for padded batches)."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SamplingParams:
@@ -90,6 +95,7 @@ class EngineInfo:
     max_model_len: int | None
     batch_size: int = 1
     """Requests it works on together; a worker with fewer in flight looks for more to steal."""
+    order: RequestOrder = "grouped"
     may_block: bool = False
     """True where `step` can block for as long as a user's code does."""
     survives: bool = False
@@ -130,6 +136,9 @@ class Completion(msgspec.Struct, frozen=True, kw_only=True):
     finish_reason: FinishReason
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
+    cached_tokens: int | None = None
+    """Prompt tokens that were not computed for this request, because their keys and values were
+    there already; None where the engine does not know."""
     reasoning: str | None = None
     token_ids: Sequence[int] = ()
     """Generated ids without the end marker, where the engine has them (for tests of equality)."""

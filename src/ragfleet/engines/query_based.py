@@ -50,6 +50,7 @@ class Current:
     request: Request
     num_calls: int = 0
     prompt_tokens: int | None = None
+    cached_tokens: int | None = None
     completion_tokens: int | None = None
     finish_reason: FinishReason = "stop"
     """Of the last call."""

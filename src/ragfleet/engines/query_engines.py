@@ -140,6 +140,8 @@ class QueryBasedEngine:
         state.finish_reason = outcome.finish_reason
         if outcome.prompt_tokens is not None:
             state.prompt_tokens = (state.prompt_tokens or 0) + outcome.prompt_tokens
+        if outcome.cached_tokens is not None:
+            state.cached_tokens = (state.cached_tokens or 0) + outcome.cached_tokens
         if outcome.completion_tokens is not None:
             state.completion_tokens = (state.completion_tokens or 0) + outcome.completion_tokens
         return outcome.text
@@ -197,6 +199,7 @@ class QueryBasedEngine:
             finish_reason=state.finish_reason,
             prompt_tokens=state.prompt_tokens,
             completion_tokens=state.completion_tokens,
+            cached_tokens=state.cached_tokens,
         )
 
     def prepare(self, request: Request) -> Prepared | Failure:

@@ -86,6 +86,7 @@ class TransformersEngine:
             f" {str(self._model.dtype).removeprefix('torch.')}, {device}",
             max_model_len=self._max_model_len,
             batch_size=self._batch_size,
+            order="by_length",
             notes=(*self._tokenizer.notes, *notes),
         )
 
@@ -277,6 +278,7 @@ class TransformersEngine:
             text=answer,
             finish_reason="stop" if row.stopped or cut is not None else "length",
             prompt_tokens=_length(row.prepared),
+            cached_tokens=0,
             completion_tokens=row.num_tokens,
             reasoning=reasoning,
             token_ids=tuple(row.token_ids),

@@ -146,6 +146,14 @@ def allocate(
     return Allocation(workers=workers, gpus_per_worker=each, notes=tuple(notes))
 
 
+def usable_gpus(inventory: GpuInventory, *, total_gpus: int | None, gpu_pick: GpuPick) -> list[Gpu]:
+    """The GPUs that `allocate` would share out among workers whose need is not known.
+
+    Raises DeviceError where others hold all of them.
+    """
+    return _usable(inventory, _Need(1, total_gpus, None, None, gpu_pick))[0]
+
+
 def worker_environment(allocation: WorkerAllocation) -> dict[str, str]:
     """Variables for one worker's process.
 

@@ -1,4 +1,4 @@
-"""Which combinations of `inference_type`, `engine` and the mode of an API mean something.
+"""Which combinations of settings mean something: `inference_type`, `engine`, the mode of an API.
 
 A table and the lists of settings that belong to one side of it. It sees a configuration's values
 and says what is wrong; knows nothing of how they were given.
@@ -66,8 +66,27 @@ def kind_of(inference_type: str, hf_mode: str, engine: str) -> Kind:
     return "local"
 
 
+def _check_contradictions(values: Mapping[str, Any]) -> None:
+    if values["overwrite"] and values["retry_failed"]:
+        raise ConfigError(
+            "--overwrite starts afresh, so there is nothing for --retry_failed to try again; leave"
+            " one of the two out."
+        )
+    if values["num_workers"] == "auto" and values["max_samples_per_worker"] is not None:
+        raise ConfigError(
+            "--max_samples_per_worker selects the records by the number of workers, and with"
+            " --num_workers auto the machine would decide which; give the number."
+        )
+    for name in ("total_gpus", "gpus_per_worker"):
+        if values["engine"] == "echo" and values[name]:
+            raise ConfigError(
+                f"--engine echo uses no GPU, but --{name} is {values[name]}; leave it out."
+            )
+
+
 def check(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> Kind:
     """The kind of a run. Raises ConfigError for what means nothing."""
+    _check_contradictions(values)
     inference_type, hf_mode, engine = values["inference_type"], values["hf_mode"], values["engine"]
     if inference_type != "huggingface" and hf_mode != "local":
         raise ConfigError(

@@ -76,8 +76,9 @@ class RunConfig:
     engine: EngineName = "auto"
     """What generates: transformers, an API (openai_compatible), or echo (no model: repeats the
     query; for tests and overhead)."""
-    num_workers: int | None = None
-    """Number of worker processes (empty: 1; under torchrun its world size)."""
+    num_workers: int | Literal["auto"] | None = None
+    """Number of worker processes (empty: 1; under torchrun its world size); auto: as many as the
+    model's size and the GPUs allow, on the CPU one a core."""
     total_gpus: int | None = None
     """GPUs of this machine to use (empty: all that are usable)."""
     gpus_per_worker: int | None = None
@@ -204,7 +205,13 @@ class RunConfig:
                 value in choices,
                 f"--{name} is {value!r}; it must be one of {', '.join(choices)}.",
             )
-        for name in ("num_workers", "gpus_per_worker", "max_samples_per_worker", "batch_size"):
+        require(
+            not isinstance(self.num_workers, str) or self.num_workers == "auto",
+            f"--num_workers is {self.num_workers!r}; it must be a number or auto.",
+        )
+        if self.num_workers != "auto":
+            at_least("num_workers", 1)
+        for name in ("gpus_per_worker", "max_samples_per_worker", "batch_size"):
             at_least(name, 1)
         for name in ("max_new_tokens", "max_model_len"):
             at_least(name, 1)
@@ -281,7 +288,7 @@ class RunConfig:
             "--max_cost needs --price_in and --price_out.",
         )
         require(
-            self.api_mode != "batch" or self.num_workers in (None, 1),
+            self.api_mode != "batch" or self.num_workers in (None, 1, "auto"),
             f"--api_mode batch needs one worker, not {self.num_workers}: it only moves files.",
         )
         require(

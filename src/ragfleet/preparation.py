@@ -14,7 +14,7 @@ from typing import Any, Final, Literal
 
 import xxhash
 
-from ragfleet.allocation import Allocation, allocate
+from ragfleet.allocation import Allocation
 from ragfleet.config import RunConfig
 from ragfleet.engines.protocol import PromptSettings
 from ragfleet.errors import ConfigError, ModelError, OutputError
@@ -26,6 +26,7 @@ from ragfleet.model_files import chat_template, check_weights, read_json
 from ragfleet.prompts import DEFAULT_SYSTEM_PROMPT, check_template, template_fields
 from ragfleet.remote.secret import read_key
 from ragfleet.remote.spec import DEFAULT_CONCURRENCY, PROVIDERS, ProviderName, RemoteSpec
+from ragfleet.seating import Seating, seat
 from ragfleet.shards import is_own_name
 
 POCKET: Final = "pocket"
@@ -82,7 +83,6 @@ def prepare(
     `needs_key` False: nothing will be asked of a remote API.
     """
     check_paths(config)
-    num_workers = count_workers(config, torchrun)
     paths = RunPaths(config.output_file.absolute())
     notes: list[str] = []
     system_prompt = DEFAULT_SYSTEM_PROMPT if config.system_prompt is None else config.system_prompt
@@ -102,15 +102,18 @@ def prepare(
     needs_no_gpu = engine != "transformers"
     if remote is not None and (config.total_gpus or config.gpus_per_worker):
         notes.append("GPUs are not needed for a remote API; the settings about them are not used.")
-    allocation = allocate(
-        visible_gpus(discover_gpus(), environ.get("CUDA_VISIBLE_DEVICES")),
-        num_workers=num_workers,
-        cpu_cores=usable_cores(),
-        total_gpus=0 if needs_no_gpu else config.total_gpus,
-        gpus_per_worker=None if needs_no_gpu else config.gpus_per_worker,
-        gpu_pick=config.gpu_pick,
-        device="cpu" if needs_no_gpu else config.device,
-        needed_bytes=needed_bytes(model_dir),
+    num_workers, allocation, seat_notes = seat(
+        Seating(
+            config=config,
+            torchrun=torchrun,
+            environ=environ,
+            inventory=visible_gpus(discover_gpus(), environ.get("CUDA_VISIBLE_DEVICES")),
+            model_dir=model_dir,
+            needs_no_gpu=needs_no_gpu,
+            is_remote=remote is not None,
+            gpu_precision=resolve_precision(config, model_dir, True),
+            cpu_precision=resolve_precision(config, model_dir, False),
+        )
     )
     precision = resolve_precision(config, model_dir, allocation.gpus_per_worker > 0)
     run_file = None if config.overwrite else read_run_file(paths)
@@ -160,7 +163,7 @@ def prepare(
         allocation=allocation,
         inference_class=config.inference_class and absolute_class(config.inference_class),
         class_hash=class_hash,
-        notes=[*notes, *allocation.notes],
+        notes=[*notes, *seat_notes, *allocation.notes],
     )
 
 
@@ -232,26 +235,6 @@ def check_paths(config: RunConfig) -> None:
         raise OutputError(f"Can't write to {folder}: no permission to create files in {existing}.")
 
 
-def count_workers(config: RunConfig, torchrun: TorchrunRank | None) -> int:
-    if torchrun is None:
-        return config.num_workers or 1
-    if config.api_mode == "batch" and torchrun.world_size > 1:
-        raise ConfigError("--api_mode batch needs one worker: start it without torchrun.")
-    if config.num_workers not in (None, torchrun.world_size):
-        raise ConfigError(
-            f"--num_workers {config.num_workers} and torchrun's {torchrun.world_size} processes"
-            " disagree; leave --num_workers out under torchrun."
-        )
-    return torchrun.world_size
-
-
-def usable_cores() -> int:
-    """Cores this process may run on (an outer taskset or a container's cpuset is respected)."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
 def read_template(path: Path | None) -> tuple[str | None, frozenset[str] | None]:
     """Source of a prompt template and the record fields it names."""
     if path is None:
@@ -289,14 +272,6 @@ def find_model(config: RunConfig) -> Path | None:
 def pocket_folder() -> Path:
     """The demo model's folder: only files, no module."""
     return Path(__file__).parent / "pocket"
-
-
-def needed_bytes(model_dir: Path | None) -> int | None:
-    """Memory a worker's GPUs must have free: the weights, a fifth more, and 1 GiB to work in."""
-    if model_dir is None:
-        return None
-    weights = sum(path.stat().st_size for path in model_dir.glob("*.safetensors"))
-    return int(1.2 * weights) + (1 << 30) if weights else None
 
 
 def resolve_precision(

@@ -1,0 +1,258 @@
+"""How many workers with how many GPUs each: `--num_workers auto`, and what another split would do.
+
+Owns the arithmetic of a model on GPUs: weights, KV cache, activations, which sizes its heads divide
+by, and a rough speed of each split. Pure: bytes and shapes in, a layout with its sums out. It knows
+nothing of files, processes or engines' own settings.
+
+Speeds are a roofline (Williams et al., CACM 52, 2009) with round figures for today's GPUs: a decode
+step reads the weights and the cache once, prefill computes, and splitting a layer costs two
+all-reduces (Shoeybi et al., arXiv 1909.08053). Only their ratios are used, and called "about".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Final, Literal
+
+from ragfleet.allocation import tensor_parallel_size
+from ragfleet.errors import DeviceError
+from ragfleet.gpus import gib
+
+Split = Literal["heads", "layers"]
+"""heads: tensor parallel, the GPUs of a worker compute together; layers: they take turns."""
+
+USABLE_FRACTION: Final = 0.9
+"""Of a GPU's free memory; engines leave the rest alone too."""
+CONTEXT_BYTES: Final = 1 << 30
+"""CUDA context, kernels, captured graphs."""
+PREFILL_TOKENS: Final = 8192
+"""Prompt tokens in one forward pass."""
+WORTH_SAYING: Final = 1.15
+"""A split less than this much faster is not worth a word."""
+
+_FLOPS: Final = 3e14
+_BYTES_PER_S: Final = 2e12
+_LINK_BYTES_PER_S: Final = 6e10
+_ALL_REDUCE_S: Final = 20e-6
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelSize:
+    """What a model takes. `weights_bytes` is as loaded, in the run's precision."""
+
+    weights_bytes: int
+    num_layers: int
+    hidden_size: int
+    intermediate_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    vocab_size: int
+    dtype_bytes: int = 2
+
+    def kv_bytes_per_token(self, num_gpus: int = 1, split: Split = "heads") -> int:
+        """On each of `num_gpus`; key/value heads fewer than GPUs are replicated."""
+        heads, layers = self.num_key_value_heads, self.num_layers
+        if split == "heads":
+            heads = -(-heads // num_gpus)
+        else:
+            layers = -(-layers // num_gpus)
+        return 2 * layers * heads * self.head_dim * self.dtype_bytes
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Demand:
+    """What the engine is to hold at once."""
+
+    num_requests: int
+    prompt_tokens: int
+    """Of an average request."""
+    answer_tokens: int
+    """The most an answer may have."""
+
+    @property
+    def tokens_per_request(self) -> int:
+        return self.prompt_tokens + self.answer_tokens
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Layout:
+    """`num_workers` workers of `num_gpus` GPUs each. Bytes are of one GPU."""
+
+    num_workers: int
+    num_gpus: int
+    usable_bytes: int
+    weights_bytes: int
+    activation_bytes: int
+    kv_bytes_per_token: int
+    demand: Demand
+    requests_per_s: float
+    """Of all workers together, roughly."""
+
+    @property
+    def num_requests(self) -> int:
+        """That fit at once into one worker's cache, up to the demand; 0: it does not fit."""
+        room = self.usable_bytes - self.weights_bytes - self.activation_bytes
+        each = self.demand.tokens_per_request * self.kv_bytes_per_token
+        return max(0, min(self.demand.num_requests, room // each))
+
+    @property
+    def name(self) -> str:
+        return f"{self.num_workers}×{self.num_gpus}"
+
+    def arithmetic(self) -> str:
+        """The sum that decides, for one GPU."""
+        count = max(1, self.num_requests)
+        kv_bytes = count * self.demand.tokens_per_request * self.kv_bytes_per_token
+        total = self.weights_bytes + self.activation_bytes + kv_bytes
+        return (
+            f"weights {gib(self.weights_bytes)} + activations {gib(self.activation_bytes)} + KV of"
+            f" {count} × {self.demand.tokens_per_request:,} tokens {gib(kv_bytes)}"
+            f" = {gib(total)} of {gib(self.usable_bytes)} usable"
+        )
+
+
+def layout_of(
+    gpu_bytes: Sequence[int],
+    model: ModelSize,
+    demand: Demand,
+    num_workers: int,
+    num_gpus: int,
+    split: Split = "heads",
+) -> Layout:
+    """One split, whether it fits or not. `gpu_bytes`: free memory of each GPU to be used."""
+    layout = Layout(
+        num_workers=num_workers,
+        num_gpus=num_gpus,
+        usable_bytes=int(USABLE_FRACTION * min(gpu_bytes)),
+        weights_bytes=-(-model.weights_bytes // num_gpus),
+        activation_bytes=_activation_bytes(model, demand, num_gpus if split == "heads" else 1),
+        kv_bytes_per_token=model.kv_bytes_per_token(num_gpus, split),
+        demand=demand,
+        requests_per_s=0.0,
+    )
+    at_once = layout.num_requests
+    if not at_once:
+        return layout
+    seconds = _seconds_per_request(model, demand, at_once, num_gpus if split == "heads" else 1)
+    return replace(layout, requests_per_s=num_workers / seconds)
+
+
+def layouts(
+    gpu_bytes: Sequence[int],
+    model: ModelSize,
+    demand: Demand,
+    split: Split = "heads",
+    sizes: Sequence[int] | None = None,
+) -> list[Layout]:
+    """Every split of these GPUs that the model allows, the fastest first; what fits comes first.
+
+    `sizes`: the numbers of GPUs that one worker may have (None: any).
+    """
+    found = [
+        layout_of(gpu_bytes, model, demand, len(gpu_bytes) // num_gpus, num_gpus, split)
+        for num_gpus in sizes or range(1, len(gpu_bytes) + 1)
+        if split == "layers" or divides(model, num_gpus)
+    ]
+    # Among equals fewer GPUs for each worker.
+    return sorted(found, key=lambda layout: (-layout.requests_per_s, layout.num_gpus))
+
+
+def divides(model: ModelSize, num_gpus: int) -> bool:
+    """Whether a model's heads and MLP split so many ways."""
+    shape = (model.num_attention_heads, model.num_key_value_heads, model.intermediate_size)
+    return tensor_parallel_size(num_gpus, *shape) == num_gpus
+
+
+def choose_layout(
+    gpu_bytes: Sequence[int],
+    model: ModelSize,
+    demand: Demand,
+    split: Split = "heads",
+    sizes: Sequence[int] | None = None,
+) -> Layout:
+    """The fastest split that fits. Raises DeviceError with the sums when none does."""
+    found = layouts(gpu_bytes, model, demand, split, sizes)
+    if found and found[0].num_requests:
+        return found[0]
+    sums = [
+        f"  {layout.num_gpus} GPU(s) a worker: {layout.arithmetic()}"
+        for layout in sorted(found, key=lambda layout: layout.num_gpus)
+    ]
+    missing = "" if split == "layers" else _not_dividing(model, len(gpu_bytes))
+    raise DeviceError(
+        f"The model does not fit {len(gpu_bytes)} GPU(s), however it is split; for each GPU:\n"
+        + "\n".join(sums)
+        + missing
+        + "\nTake a smaller or quantised model, more GPUs, or --device cpu."
+    )
+
+
+def faster_layout(current: Layout, found: Sequence[Layout]) -> str | None:
+    """The line about a split that would be faster than the current one, where there is any."""
+    best = found[0] if found else None
+    if best is None or not best.num_requests or best.name == current.name:
+        return None
+    option = f"--num_workers {best.num_workers}"
+    if not current.num_requests:
+        return f"{current.name} does not fit: {current.arithmetic()}; {best.name} does ({option})."
+    ratio = best.requests_per_s / current.requests_per_s
+    if ratio < WORTH_SAYING:
+        return None
+    return f"{current.name} fits; {best.name} about {ratio:.1f} × faster ({option})."
+
+
+def cpu_workers(
+    num_cores: int, num_threads: int, available_bytes: int | None, weights_bytes: int | None
+) -> tuple[int, str]:
+    """(workers, the line that says why): one for each `num_threads` cores, if memory allows.
+
+    Each worker holds the whole model. Raises DeviceError where not even one fits.
+    """
+    workers = max(1, num_cores // num_threads)
+    why = f"{num_cores} cores // {num_threads} thread(s) = {workers}"
+    if available_bytes is None or weights_bytes is None:
+        return workers, f"{workers} workers: {why}."
+    each = int(1.1 * weights_bytes) + (3 << 28)
+    fitting = available_bytes // each
+    if not fitting:
+        raise DeviceError(
+            f"The model does not fit into memory: weights {gib(weights_bytes)}, with what it works"
+            f" in {gib(each)}, of {gib(available_bytes)} available. Take a smaller model."
+        )
+    if fitting < workers:
+        why += f", but memory holds {fitting}: {gib(each)} each of {gib(available_bytes)} available"
+    return min(workers, fitting), f"{min(workers, fitting)} workers: {why}."
+
+
+def _activation_bytes(model: ModelSize, demand: Demand, num_ways: int) -> int:
+    """Hidden states and the MLP of one prefill pass, logits of one decode step, the context."""
+    width = 4 * model.hidden_size + 2 * -(-model.intermediate_size // num_ways)
+    logits = demand.num_requests * -(-model.vocab_size // num_ways) * 4
+    return CONTEXT_BYTES + PREFILL_TOKENS * width * model.dtype_bytes + 2 * logits
+
+
+def _seconds_per_request(model: ModelSize, demand: Demand, at_once: int, num_ways: int) -> float:
+    """Of one worker that has `at_once` requests in flight and splits each layer `num_ways`."""
+    parameters = model.weights_bytes / model.dtype_bytes
+    prefill_s = 2 * parameters * demand.prompt_tokens / (num_ways * _FLOPS)
+    cache_bytes = at_once * demand.tokens_per_request * model.kv_bytes_per_token()
+    step_s = (model.weights_bytes + cache_bytes) / (num_ways * _BYTES_PER_S)
+    if num_ways > 1:
+        moved = 2 * model.num_layers * model.hidden_size * model.dtype_bytes
+        moved_bytes = moved * 2 * (num_ways - 1) / num_ways
+        prefill_s += demand.prompt_tokens * moved_bytes / _LINK_BYTES_PER_S
+        step_s += 2 * model.num_layers * _ALL_REDUCE_S
+        step_s += at_once * moved_bytes / _LINK_BYTES_PER_S
+    return prefill_s + demand.answer_tokens * step_s / at_once
+
+
+def _not_dividing(model: ModelSize, num_gpus: int) -> str:
+    sizes = [str(size) for size in range(2, num_gpus + 1) if not divides(model, size)]
+    if not sizes:
+        return ""
+    return (
+        f"\n  {', '.join(sizes)} GPUs a worker: {model.num_attention_heads} attention heads"
+        f" ({model.num_key_value_heads} key/value) don't split so."
+    )

@@ -1,0 +1,310 @@
+"""How many workers a run has and what each gets: the question to the machine, `layout` answers it.
+
+Owns `--num_workers`, its default and `auto`, and the facts that the pure modules need: the model's
+size from its files, memory and cores of this machine, about how long the prompts are. Nothing is
+loaded.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from ragfleet.allocation import Allocation, allocate, usable_gpus
+from ragfleet.config import RunConfig
+from ragfleet.errors import ConfigError, DeviceError, ModelError
+from ragfleet.gpus import GpuInventory
+from ragfleet.launchers.torchrun import TorchrunRank
+from ragfleet.layout import (
+    Demand,
+    ModelSize,
+    Split,
+    choose_layout,
+    cpu_workers,
+    divides,
+    faster_layout,
+    layout_of,
+    layouts,
+)
+from ragfleet.model_files import context_limit, read_json
+
+_WANTED_REQUESTS: Final = 64
+"""In flight at a worker, so that reading the weights is shared by many."""
+_SAMPLED_BYTES: Final = 1 << 20
+_BYTES_PER_TOKEN: Final = 3.5
+_FRAME_TOKENS: Final = 60
+"""System prompt, heading and chat template around a record."""
+_PLAIN_DTYPES: Final = ("F64", "F32", "F16", "BF16")
+_DTYPE_BYTES: Final = {"F64": 8, "F32": 4, "I64": 8, "I32": 4, "F16": 2, "BF16": 2, "I16": 2}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Seating:
+    """What seats are made from.
+
+    Attributes:
+        needs_no_gpu: the engine computes nothing here, or nothing at all.
+        is_remote: a server computes; one worker keeps it busy.
+        gpu_precision, cpu_precision: of the weights, there and there.
+        splits_heads: the engine computes one model on several GPUs at once.
+    """
+
+    config: RunConfig
+    torchrun: TorchrunRank | None
+    environ: Mapping[str, str]
+    inventory: GpuInventory
+    model_dir: Path | None
+    needs_no_gpu: bool = False
+    is_remote: bool = False
+    gpu_precision: str = "bf16"
+    cpu_precision: str = "fp32"
+    splits_heads: bool = False
+
+    @property
+    def split(self) -> Split:
+        return "heads" if self.splits_heads else "layers"
+
+    @property
+    def on_cpu(self) -> bool:
+        config = self.config
+        return (
+            self.needs_no_gpu
+            or config.device == "cpu"
+            or config.total_gpus == 0
+            or not (self.inventory.gpus or self.inventory.failed)
+        )
+
+
+def seat(seating: Seating) -> tuple[int, Allocation, list[str]]:
+    """(number of workers, what each gets, lines for the header).
+
+    Raises ConfigError and DeviceError, with the sums where nothing fits.
+    """
+    config, notes = seating.config, []
+    sizes = None if config.gpus_per_worker is None else [config.gpus_per_worker]
+    gpus_per_worker = config.gpus_per_worker
+    is_auto = config.num_workers == "auto" and seating.torchrun is None
+    num_workers = 1 if is_auto else count_workers(config, seating.torchrun)
+    if is_auto and seating.on_cpu:
+        num_workers, note = _auto_on_cpu(seating)
+        notes.append(note)
+    elif is_auto and not seating.inventory.failed:
+        num_workers, gpus_per_worker, note = _auto_on_gpus(seating, sizes)
+        notes.append(note)
+    allocation = allocate(
+        seating.inventory,
+        num_workers=num_workers,
+        cpu_cores=usable_cores(),
+        total_gpus=0 if seating.needs_no_gpu else config.total_gpus,
+        gpus_per_worker=None if seating.needs_no_gpu else gpus_per_worker,
+        gpu_pick=config.gpu_pick,
+        device="cpu" if seating.needs_no_gpu else config.device,
+        # What is chosen by the sums above takes GPUs that are free as a whole.
+        needed_bytes=None if is_auto else needed_bytes(seating.model_dir),
+    )
+    if not is_auto and not seating.on_cpu:
+        notes += _faster(seating, allocation)
+    return num_workers, allocation, notes
+
+
+def count_workers(config: RunConfig, torchrun: TorchrunRank | None) -> int:
+    """What is asked for; under torchrun what it started. `auto` is 1 here."""
+    asked = None if config.num_workers == "auto" else config.num_workers
+    if torchrun is None:
+        return asked or 1
+    if config.api_mode == "batch" and torchrun.world_size > 1:
+        raise ConfigError("--api_mode batch needs one worker: start it without torchrun.")
+    if asked not in (None, torchrun.world_size):
+        raise ConfigError(
+            f"--num_workers {config.num_workers} and torchrun's {torchrun.world_size} processes"
+            " disagree; leave --num_workers out under torchrun."
+        )
+    return torchrun.world_size
+
+
+def usable_cores() -> int:
+    """Cores this process may run on (an outer taskset or a container's cpuset is respected)."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def needed_bytes(model_dir: Path | None) -> int | None:
+    """Memory a worker's GPUs must have free: the weights, a fifth more, and 1 GiB to work in."""
+    if model_dir is None:
+        return None
+    weights = sum(path.stat().st_size for path in model_dir.glob("*.safetensors"))
+    return int(1.2 * weights) + (1 << 30) if weights else None
+
+
+# ---- auto
+
+
+def _auto_on_cpu(seating: Seating) -> tuple[int, str]:
+    if seating.is_remote:
+        return 1, "auto: 1 worker, which keeps --max_concurrency requests at the API under way."
+    asked = seating.environ.get("OMP_NUM_THREADS", "")
+    num_threads = int(asked) if asked.isdigit() and int(asked) else 1
+    weights = None
+    if seating.model_dir is not None and not seating.needs_no_gpu:
+        weights = weights_bytes(seating.model_dir, _precision_bytes(seating.cpu_precision))
+    workers, why = cpu_workers(usable_cores(), num_threads, available_memory_bytes(), weights)
+    return workers, f"auto: {why}"
+
+
+def _auto_on_gpus(seating: Seating, sizes: list[int] | None) -> tuple[int, int, str]:
+    """(workers, GPUs of each, the line with the sum)."""
+    config = seating.config
+    gpus = usable_gpus(seating.inventory, total_gpus=config.total_gpus, gpu_pick=config.gpu_pick)
+    if sizes and sizes[0] > len(gpus):
+        raise DeviceError(f"--gpus_per_worker {sizes[0]} is more than the {len(gpus)} usable GPUs.")
+    model = _model_size(seating)
+    if any(gpu.is_mig for gpu in gpus):
+        sizes = [1]
+    if model is None or not all(gpu.total_bytes for gpu in gpus):
+        num_gpus = sizes[0] if sizes else 1
+        workers = len(gpus) // num_gpus
+        return workers, num_gpus, f"auto: {workers}×{num_gpus}: the model's size is not known."
+    free = [gpu.free_bytes for gpu in gpus]
+    layout = choose_layout(free, model, _demand(seating), seating.split, sizes)
+    return layout.num_workers, layout.num_gpus, f"auto: {layout.name}: {layout.arithmetic()}."
+
+
+def _faster(seating: Seating, allocation: Allocation) -> list[str]:
+    """The line about a faster split, where the numbers that were asked for are not the best."""
+    config, model = seating.config, _model_size(seating)
+    given = [gpu for worker in allocation.workers for gpu in worker.gpus]
+    shared = any(worker.share > 1 for worker in allocation.workers)
+    if model is None or shared or not given or not all(gpu.total_bytes for gpu in given):
+        return []
+    try:
+        usable = usable_gpus(
+            seating.inventory, total_gpus=config.total_gpus, gpu_pick=config.gpu_pick
+        )
+    except DeviceError:  # partly held GPUs, with room enough for what was asked for
+        return []
+    if any(gpu.is_mig for gpu in usable):
+        return []
+    demand, num_gpus = _demand(seating), allocation.gpus_per_worker
+    candidates = [num_gpus]
+    if seating.splits_heads:  # the engine takes as few of them as will do
+        candidates = [size for size in range(1, num_gpus + 1) if divides(model, size)]
+    for size in candidates:
+        free = [gpu.free_bytes for gpu in given]
+        current = layout_of(free, model, demand, len(allocation.workers), size, seating.split)
+        if current.num_requests:
+            break
+    found = layouts([gpu.free_bytes for gpu in usable], model, demand, seating.split)
+    line = faster_layout(current, found)
+    return [] if line is None else [line]
+
+
+def _demand(seating: Seating) -> Demand:
+    config = seating.config
+    assert seating.model_dir is not None
+    prompt = typical_prompt_tokens(config.contexts_file)
+    limit = config.max_model_len or context_limit(seating.model_dir)
+    if limit is not None:
+        prompt = min(prompt, max(1, limit - config.max_new_tokens))
+    return Demand(
+        num_requests=config.batch_size or _WANTED_REQUESTS,
+        prompt_tokens=prompt,
+        answer_tokens=config.max_new_tokens,
+    )
+
+
+def typical_prompt_tokens(contexts_file: Path) -> int:
+    """About how many tokens a prompt has, by the first lines of the file; 512 where unreadable."""
+    try:
+        with open(contexts_file, "rb") as file:
+            lines = file.readlines(_SAMPLED_BYTES)
+    except OSError:
+        return 512
+    mean_bytes = sum(map(len, lines)) / max(1, len(lines))
+    return _FRAME_TOKENS + math.ceil(mean_bytes / _BYTES_PER_TOKEN)
+
+
+# ---- the model and the machine
+
+
+def _precision_bytes(precision: str) -> int:
+    return 4 if precision == "fp32" else 2
+
+
+def _model_size(seating: Seating) -> ModelSize | None:
+    if seating.model_dir is None:
+        return None
+    return read_model_size(seating.model_dir, _precision_bytes(seating.gpu_precision))
+
+
+def read_model_size(model_dir: Path, dtype_bytes: int) -> ModelSize | None:
+    """Of a model's files; None where config.json does not say enough. Raises ModelError."""
+    config = read_json(model_dir / "config.json")
+    config = config.get("text_config") or config
+
+    def number(*names: str) -> int | None:
+        found = (config.get(name) for name in names)
+        return next((value for value in found if isinstance(value, int) and value > 0), None)
+
+    layers = number("num_hidden_layers", "n_layer", "n_layers")
+    hidden = number("hidden_size", "n_embd", "d_model")
+    heads = number("num_attention_heads", "n_head", "n_heads")
+    if layers is None or hidden is None or heads is None:
+        return None
+    return ModelSize(
+        weights_bytes=weights_bytes(model_dir, dtype_bytes),
+        num_layers=layers,
+        hidden_size=hidden,
+        intermediate_size=number("intermediate_size", "n_inner", "ffn_dim") or 4 * hidden,
+        num_attention_heads=heads,
+        num_key_value_heads=number("num_key_value_heads") or heads,
+        head_dim=number("head_dim") or hidden // heads,
+        vocab_size=number("vocab_size") or 32_000,
+        dtype_bytes=dtype_bytes,
+    )
+
+
+def weights_bytes(model_dir: Path, dtype_bytes: int) -> int:
+    """Memory of the weights once loaded: plain tensors in the run's precision, packed ones as is.
+
+    Reads the headers of the safetensors files. Raises ModelError for a broken one.
+    """
+    total = 0
+    for path in sorted(model_dir.glob("*.safetensors")):
+        for tensor in _header(path).values():
+            first, end = tensor.get("data_offsets", (0, 0))
+            stored = end - first
+            kind = tensor.get("dtype", "")
+            if kind in _PLAIN_DTYPES:
+                stored = stored // _DTYPE_BYTES[kind] * dtype_bytes
+            total += stored
+    return total
+
+
+def _header(path: Path) -> dict[str, Any]:
+    try:
+        with open(path, "rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(min(size, 1 << 28)))
+        header.pop("__metadata__", None)
+        return dict(header)
+    except (OSError, ValueError, AttributeError) as error:
+        raise ModelError(f"{path} is not a safetensors file ({error}); get it again.") from None
+
+
+def available_memory_bytes() -> int | None:
+    """Memory that new processes can have without swapping; a container's limit counts."""
+    available = None
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                available = int(line.split()[1]) << 10
+        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+    except OSError:
+        return available
+    return min(available, int(limit)) if available is not None and limit.isdigit() else available

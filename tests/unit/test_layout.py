@@ -1,0 +1,331 @@
+"""How many workers with how many GPUs each: realistic models on machines that aren't there."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ragfleet import seating
+from ragfleet.config import RunConfig
+from ragfleet.errors import DeviceError, ModelError
+from ragfleet.gpus import GIB, GpuInventory, fake_inventory
+from ragfleet.launchers.torchrun import TorchrunRank
+from ragfleet.layout import (
+    Demand,
+    ModelSize,
+    choose_layout,
+    cpu_workers,
+    divides,
+    faster_layout,
+    layout_of,
+    layouts,
+)
+from ragfleet.seating import Seating, read_model_size, seat, typical_prompt_tokens
+
+
+def size(
+    billions: float, layers: int, hidden: int, heads: int, kv: int, mlp: int, vocab: int
+) -> ModelSize:
+    return ModelSize(
+        weights_bytes=int(billions * 2e9),
+        num_layers=layers,
+        hidden_size=hidden,
+        intermediate_size=mlp,
+        num_attention_heads=heads,
+        num_key_value_heads=kv,
+        head_dim=128,
+        vocab_size=vocab,
+    )
+
+
+QWEN_7B = size(7.62, 28, 3584, 28, 4, 18944, 152_064)
+LLAMA_8B = size(8.03, 32, 4096, 32, 8, 14336, 128_256)
+LLAMA_70B = size(70.55, 80, 8192, 64, 8, 28672, 128_256)
+LLAMA_405B = size(405.9, 126, 16384, 128, 8, 53248, 128_256)
+DEMAND = Demand(num_requests=64, prompt_tokens=2000, answer_tokens=512)
+
+
+# ---- which splits there are
+
+
+@pytest.mark.parametrize(
+    ("model", "sizes"),
+    [
+        (QWEN_7B, [1, 2, 4]),  # 28 heads don't split 8 ways; 4 key/value heads not 7 ways
+        (LLAMA_8B, [1, 2, 4, 8]),
+        (LLAMA_70B, [1, 2, 4, 8]),
+    ],
+)
+def test_heads_decide_how_a_model_splits(model: ModelSize, sizes: list[int]) -> None:
+    assert [num for num in range(1, 9) if divides(model, num)] == sizes
+
+
+def test_the_cache_of_a_token_is_what_the_shapes_say() -> None:
+    assert QWEN_7B.kv_bytes_per_token() == 2 * 28 * 4 * 128 * 2 == 57_344
+    assert LLAMA_8B.kv_bytes_per_token() == 131_072
+    assert LLAMA_70B.kv_bytes_per_token(4) == 2 * 80 * 2 * 128 * 2
+    assert LLAMA_70B.kv_bytes_per_token(16) == 2 * 80 * 1 * 128 * 2, "replicated, not split"
+    assert LLAMA_70B.kv_bytes_per_token(3, "layers") == 2 * 27 * 8 * 128 * 2
+
+
+# ---- which one is taken
+
+
+@pytest.mark.parametrize(
+    ("model", "num_gpus", "gib_each", "expected"),
+    [
+        (QWEN_7B, 8, 80, "8×1"),
+        (QWEN_7B, 8, 40, "8×1"),
+        (QWEN_7B, 8, 16, "4×2"),  # 14.2 GiB of weights leave no room on 14.4 usable
+        (QWEN_7B, 4, 11, "1×4"),
+        (LLAMA_8B, 3, 80, "3×1"),
+        (LLAMA_70B, 8, 80, "2×4"),  # two GPUs hold the weights and 1 GiB of cache
+        (LLAMA_70B, 8, 40, "1×8"),
+        (LLAMA_70B, 8, 192, "8×1"),
+        (LLAMA_70B, 7, 80, "1×4"),  # 5, 6, 7 don't divide the heads
+    ],
+)
+def test_the_fastest_split_that_fits(
+    model: ModelSize, num_gpus: int, gib_each: int, expected: str
+) -> None:
+    layout = choose_layout([gib_each * GIB] * num_gpus, model, DEMAND)
+    assert layout.name == expected
+    assert layout.num_requests >= 1
+
+
+def test_the_sum_is_shown_and_right() -> None:
+    layout = choose_layout([80 * GIB] * 8, QWEN_7B, DEMAND)
+    assert layout.arithmetic() == (
+        "weights 14.2 GiB + activations 1.9 GiB + KV of 64 × 2,512 tokens 8.6 GiB"
+        " = 24.6 GiB of 72.0 GiB usable"
+    )
+
+
+def test_nothing_fits_is_refused_with_every_sum() -> None:
+    with pytest.raises(DeviceError) as caught:
+        choose_layout([80 * GIB] * 8, LLAMA_405B, DEMAND)
+    text = str(caught.value)
+    assert "does not fit 8 GPU(s)" in text
+    for num_gpus in (1, 2, 4, 8):
+        assert f"  {num_gpus} GPU(s) a worker: weights" in text
+    assert "8 GPU(s) a worker: weights 94.5 GiB" in text
+    assert "3, 5, 6, 7 GPUs a worker: 128 attention heads (8 key/value) don't split so" in text
+
+
+def test_layers_that_take_turns_are_no_faster_on_more_gpus() -> None:
+    one = layout_of([80 * GIB] * 8, QWEN_7B, DEMAND, 8, 1, "layers")
+    two = layout_of([80 * GIB] * 8, QWEN_7B, DEMAND, 4, 2, "layers")
+    assert two.requests_per_s == pytest.approx(one.requests_per_s / 2)
+    assert choose_layout([40 * GIB] * 7, LLAMA_8B, DEMAND, "layers").name == "7×1"
+    assert choose_layout([12 * GIB] * 7, LLAMA_8B, DEMAND, "layers").num_gpus in (2, 3)
+
+
+def test_another_split_that_is_faster_is_named() -> None:
+    gpus = [80 * GIB] * 8
+    found = layouts(gpus, QWEN_7B, DEMAND)
+    line = faster_layout(layout_of(gpus, QWEN_7B, DEMAND, 4, 2), found)
+    assert line is not None
+    assert line.startswith("4×2 fits; 8×1 about 1.")
+    assert line.endswith(" × faster (--num_workers 8).")
+    assert faster_layout(layout_of(gpus, QWEN_7B, DEMAND, 8, 1), found) is None
+    small = [16 * GIB] * 8
+    line = faster_layout(layout_of(small, QWEN_7B, DEMAND, 8, 1), layouts(small, QWEN_7B, DEMAND))
+    assert line is not None
+    assert "8×1 does not fit" in line
+    assert "4×2 does (--num_workers 4)" in line
+
+
+@given(
+    st.sampled_from([QWEN_7B, LLAMA_8B, LLAMA_70B, LLAMA_405B]),
+    st.lists(st.integers(4, 200), min_size=1, max_size=16),
+    st.sampled_from(["heads", "layers"]),
+    st.integers(1, 300),
+)
+def test_what_is_chosen_fits_and_nothing_that_fits_is_faster(
+    model: ModelSize, gib_each: list[int], split: Any, wanted: int
+) -> None:
+    demand = Demand(num_requests=wanted, prompt_tokens=1000, answer_tokens=200)
+    gpus = [gib * GIB for gib in gib_each]
+    found = layouts(gpus, model, demand, split)
+    try:
+        chosen = choose_layout(gpus, model, demand, split)
+    except DeviceError:
+        assert all(layout.num_requests == 0 for layout in found)
+        return
+    assert chosen.num_workers * chosen.num_gpus <= len(gpus)
+    assert split == "layers" or divides(model, chosen.num_gpus)
+    cache = chosen.num_requests * demand.tokens_per_request * chosen.kv_bytes_per_token
+    assert chosen.weights_bytes + chosen.activation_bytes + cache <= 0.9 * min(gpus)
+    assert all(other.requests_per_s <= chosen.requests_per_s for other in found)
+
+
+# ---- the CPU
+
+
+@pytest.mark.parametrize(
+    ("cores", "threads", "available", "weights", "expected"),
+    [
+        (8, 1, None, None, 8),
+        (8, 4, None, None, 2),
+        (2, 4, None, None, 1),
+        (8, 1, 64 * GIB, 1 * GIB, 8),
+        (64, 1, 64 * GIB, 14 * GIB, 3),
+    ],
+)
+def test_workers_on_the_cpu(
+    cores: int, threads: int, available: int | None, weights: int | None, expected: int
+) -> None:
+    workers, why = cpu_workers(cores, threads, available, weights)
+    assert workers == expected
+    assert f"{cores} cores // {threads} thread(s)" in why
+
+
+def test_a_model_larger_than_memory_is_refused() -> None:
+    with pytest.raises(DeviceError, match=r"weights 30\.0 GiB.* of 16\.0 GiB available"):
+        cpu_workers(8, 1, 16 * GIB, 30 * GIB)
+
+
+# ---- from files
+
+
+def model_folder(folder: Path, tensors: dict[str, tuple[str, int]], **config: Any) -> Path:
+    """A model's config and the headers of its weights; the bytes behind them are a hole."""
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    header, offset = {}, 0
+    for name, (dtype, num_bytes) in tensors.items():
+        header[name] = {"dtype": dtype, "shape": [], "data_offsets": [offset, offset + num_bytes]}
+        offset += num_bytes
+    text = json.dumps({"__metadata__": {"format": "pt"}, **header}).encode()
+    with open(folder / "model.safetensors", "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + offset)
+    return folder
+
+
+LLAMA_CONFIG = {
+    "num_hidden_layers": 32,
+    "hidden_size": 4096,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "intermediate_size": 14336,
+    "vocab_size": 128_256,
+    "max_position_embeddings": 131_072,
+}
+
+
+def test_a_models_size_is_read_from_its_files(tmp_path: Path) -> None:
+    tensors = {"a": ("BF16", 15 * 10**9), "b": ("F32", 2 * 10**9), "packed": ("I32", 7)}
+    folder = model_folder(tmp_path / "m", tensors, **LLAMA_CONFIG)
+    found = read_model_size(folder, 2)
+    assert found is not None
+    assert found.weights_bytes == 15 * 10**9 + 10**9 + 7, "fp32 is loaded as bf16, packed as it is"
+    assert (found.num_layers, found.head_dim, found.num_key_value_heads) == (32, 128, 8)
+    on_cpu = read_model_size(folder, 4)
+    assert on_cpu is not None
+    assert on_cpu.weights_bytes == 30 * 10**9 + 2 * 10**9 + 7
+    nested = model_folder(tmp_path / "n", tensors, text_config=LLAMA_CONFIG)
+    assert read_model_size(nested, 2) == found
+    assert read_model_size(model_folder(tmp_path / "o", tensors, model_type="odd"), 2) is None
+    (folder / "model.safetensors").write_bytes(b"no")
+    with pytest.raises(ModelError, match=r"model\.safetensors is not a safetensors file"):
+        read_model_size(folder, 2)
+
+
+def seating_of(
+    tmp_path: Path, inventory: GpuInventory, gib_weights: float = 16, **settings: Any
+) -> Seating:
+    contexts = tmp_path / "contexts.jsonl"
+    contexts.write_text(
+        "".join(json.dumps({"query": "q", "context": "x" * 7000}) + "\n" for _ in range(50))
+    )
+    tensors = {"w": ("BF16", int(gib_weights * GIB))}
+    folder = model_folder(tmp_path / "model", tensors, **LLAMA_CONFIG)
+    config = RunConfig(
+        contexts_file=contexts,
+        output_file=tmp_path / "out.jsonl",
+        model_path=str(folder),
+        **{"num_workers": "auto", **settings},
+    )
+    return Seating(
+        config=config,
+        torchrun=None,
+        environ={},
+        inventory=inventory,
+        model_dir=folder,
+        splits_heads=True,
+    )
+
+
+def test_auto_takes_all_free_gpus(tmp_path: Path) -> None:
+    machine = fake_inventory(8, 80, busy={2: "pid 7 (python), 70 GiB"})
+    workers, allocation, notes = seat(seating_of(tmp_path, machine))
+    assert workers == 7
+    assert [worker.gpus[0].index for worker in allocation.workers] == [0, 1, 3, 4, 5, 6, 7]
+    assert notes[0].startswith("auto: 7×1: weights 16.0 GiB + activations")
+    assert "64 × 2,581 tokens" in notes[0], "7,034 bytes a line, and the longest answer"
+
+
+def test_auto_splits_a_model_that_one_gpu_does_not_hold(tmp_path: Path) -> None:
+    workers, allocation, notes = seat(seating_of(tmp_path, fake_inventory(8, 16)))
+    assert (workers, allocation.gpus_per_worker) == (4, 2)
+    assert notes[0].startswith("auto: 4×2: weights 8.0 GiB")
+
+
+def test_auto_keeps_to_gpus_per_worker_and_total(tmp_path: Path) -> None:
+    asked = seating_of(tmp_path, fake_inventory(8, 80), gpus_per_worker=2, total_gpus=6)
+    workers, allocation, _ = seat(asked)
+    assert (workers, allocation.gpus_per_worker) == (3, 2)
+    with pytest.raises(DeviceError, match="--gpus_per_worker 4 is more than the 2 usable"):
+        seat(seating_of(tmp_path, fake_inventory(2, 80), gpus_per_worker=4))
+
+
+def test_auto_is_refused_where_nothing_fits(tmp_path: Path) -> None:
+    with pytest.raises(DeviceError, match=r"does not fit 2 GPU\(s\)"):
+        seat(seating_of(tmp_path, fake_inventory(2, 24), gib_weights=140))
+
+
+def test_numbers_that_are_not_the_best_are_taken_and_remarked(tmp_path: Path) -> None:
+    workers, allocation, notes = seat(seating_of(tmp_path, fake_inventory(8, 80), num_workers=2))
+    assert (workers, allocation.gpus_per_worker) == (2, 4)
+    assert notes == ["2×1 fits; 8×1 about 4.0 × faster (--num_workers 8)."]
+    assert seat(seating_of(tmp_path, fake_inventory(8, 80), num_workers=8))[2] == []
+
+
+def test_auto_under_torchrun_is_its_world_size(tmp_path: Path) -> None:
+    import dataclasses
+
+    rank = TorchrunRank.__new__(TorchrunRank)
+    object.__setattr__(rank, "world_size", 4)
+    asked = dataclasses.replace(seating_of(tmp_path, fake_inventory(8, 80)), torchrun=rank)
+    assert seat(asked)[0] == 4
+
+
+def test_auto_on_the_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import dataclasses
+
+    monkeypatch.setattr(seating, "usable_cores", lambda: 8)
+    monkeypatch.setattr(seating, "available_memory_bytes", lambda: 100 * GIB)
+    none = fake_inventory(0)
+    assert seat(seating_of(tmp_path, none, gib_weights=0.1))[0] == 8
+    workers, allocation, notes = seat(seating_of(tmp_path, none, gib_weights=10))
+    assert workers == len(allocation.workers) == 4, "20 GiB each as fp32"
+    assert "memory holds 4" in notes[0]
+    threaded = seating_of(tmp_path, none, gib_weights=0.1)
+    threaded = dataclasses.replace(threaded, environ={"OMP_NUM_THREADS": "4"})
+    assert seat(threaded)[0] == 2
+    echo = dataclasses.replace(threaded, environ={}, model_dir=None, needs_no_gpu=True)
+    assert seat(echo)[0] == 8
+    assert seat(dataclasses.replace(echo, is_remote=True))[0] == 1
+
+
+def test_prompts_are_sized_by_the_first_lines(tmp_path: Path) -> None:
+    path = tmp_path / "c.jsonl"
+    path.write_text("x" * 349 + "\n")
+    assert typical_prompt_tokens(path) == 160
+    assert typical_prompt_tokens(tmp_path / "none") == 512

@@ -335,7 +335,7 @@ REFUSED = {
     ),
     "GPUs without GPUs": Refused(
         r"--device cpu uses no GPU, but --total_gpus is 2",
-        (*ECHO, "--device", "cpu", "--total_gpus", "2"),
+        ("--model_path", "pocket", "--device", "cpu", "--total_gpus", "2"),
     ),
     "no room for a prompt": Refused(
         r"--max_model_len 8 leaves no room for a prompt beside --max_new_tokens 8",

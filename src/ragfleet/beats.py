@@ -50,6 +50,8 @@ class Beat(msgspec.Struct, kw_only=True):
     stolen: int = 0
     busy_s: float = 0.0
     """Time with something in flight."""
+    span_s: float = 0.0
+    """From the loaded model to the last answer."""
     prompt_tokens: int = 0
     cached_tokens: int = 0
     """Of `prompt_tokens`, those whose prefill was there already."""

@@ -97,11 +97,14 @@ def _infer(arguments: list[str]) -> int:
 
 
 def _plan(arguments: list[str]) -> int:
-    config = parse_config(arguments, "ragfleet plan", plan=True)
+    from ragfleet.config import PlanConfig
+
+    config = parse_config(arguments, "ragfleet plan", plan=True, kind=PlanConfig)
     if config is None:
         return 0
     from ragfleet.inspection import plan_lines
 
+    assert isinstance(config, PlanConfig)
     print("\n".join(plan_lines(config)))
     return 0
 
@@ -239,11 +242,14 @@ _COMMANDS: Final[dict[str, Callable[[list[str]], int]]] = {
 # ---- parsing
 
 
-def parse_config(arguments: Sequence[str], prog: str, plan: bool = False) -> RunConfig | None:
+def parse_config(
+    arguments: Sequence[str], prog: str, plan: bool = False, kind: type[RunConfig] | None = None
+) -> RunConfig | None:
     """A RunConfig from options, over those of `--config FILE.toml`; None when help was asked for.
 
     Args:
         plan: --output_file may be left out.
+        kind: what else than a RunConfig is wanted: one with more settings.
 
     Raises:
         ConfigError: with what is wrong and, for an unknown option, the nearest one.
@@ -258,11 +264,11 @@ def parse_config(arguments: Sequence[str], prog: str, plan: bool = False) -> Run
         )
     config_file, arguments = take_config_option(arguments)
     if config_file is not None:
-        arguments = [*toml_arguments(Path(config_file), RunConfig), *arguments]
+        arguments = [*toml_arguments(Path(config_file), kind or RunConfig), *arguments]
     names = {text.partition("=")[0].replace("-", "_") for text in arguments}
     if plan and "__output_file" not in names:
         arguments = ["--output_file", "results.jsonl", *arguments]
-    config: RunConfig | None = parse(RunConfig, arguments, prog)
+    config: RunConfig | None = parse(kind or RunConfig, arguments, prog)
     return config
 
 

@@ -316,6 +316,15 @@ class RunConfig:
         return self.temperature > 0 or self.dedup == "off"
 
 
+@dataclass(frozen=True, kw_only=True)
+class PlanConfig(RunConfig):
+    """Settings of a run that is only planned."""
+
+    exact_tokens: bool = False
+    """Count the tokens of all prompts, each distinct context once, where otherwise a sample of 256
+    is tokenised."""
+
+
 _DEFAULTS = {
     f.name: f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
     for f in dataclasses.fields(RunConfig)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 
 import ragfleet
+from ragfleet.estimates import Prefill
 from ragfleet.index import Kind
 from ragfleet.plan import Plan
 from ragfleet.planning import Finished, Indexed
@@ -12,7 +13,11 @@ from ragfleet.preparation import Preparation, pocket_folder
 
 
 def header_lines(
-    preparation: Preparation, indexed: Indexed, plan: Plan, finished: Finished
+    preparation: Preparation,
+    indexed: Indexed,
+    plan: Plan,
+    finished: Finished,
+    prefill: Prefill | None = None,
 ) -> list[str]:
     config = preparation.config
     lines = [
@@ -22,6 +27,7 @@ def header_lines(
         _row("Model", _model(preparation)),
         _row("Sampling", _sampling(preparation)),
         _row("Workers", *_workers(preparation, plan)),
+        *([_row("Prefill", *prefill_lines(prefill))] if prefill is not None else []),
         _row(
             "Output",
             f"{config.output_file} (written at the end), shards beside it:"
@@ -65,6 +71,21 @@ def input_lines(indexed: Indexed) -> list[str]:
     lines += [f"line {number}: {reason}" for number, reason in index.first_invalid[:3]]
     if len(index.first_invalid) > 3 and invalid > 3:
         lines.append(f"(and {invalid - 3:,} more invalid lines; each gets a failure row)")
+    return lines
+
+
+def prefill_lines(prefill: Prefill) -> list[str]:
+    """What has to be computed of the prompts, and what sharing saves of it."""
+    least = max(prefill.prompts.total, 1.0)
+    source = "counted" if prefill.is_exact else f"from {prefill.num_sampled:,} sampled prompts"
+    lines = [
+        f"{prefill.prompts} prompt tokens; each prefix once {prefill.shared}"
+        f" ({1 - prefill.shared.total / least:.0%} less), {source}"
+    ]
+    if prefill.planned.total > prefill.shared.total * 1.005:
+        lines.append(f"as planned {prefill.planned}: prefixes again where a group is cut or apart")
+    if prefill.num_too_long is not None and prefill.num_too_long.total:
+        lines.append(f"{prefill.num_too_long} prompts are too long for the model with this answer")
     return lines
 
 

@@ -13,9 +13,10 @@ import msgspec
 
 from ragfleet.accounting import estimate_lines
 from ragfleet.beats import read_beats
-from ragfleet.config import RunConfig
+from ragfleet.config import PlanConfig, RunConfig
 from ragfleet.engines.protocol import Failure, Request, SamplingParams
 from ragfleet.errors import InputError, OutputError, WorkersFailed
+from ragfleet.estimates import plan_requests
 from ragfleet.header import header_lines
 from ragfleet.identity import RunFile, read_run_file, write_run_file
 from ragfleet.index import UTF8_BOM, Kind
@@ -23,23 +24,26 @@ from ragfleet.launch import RunPaths
 from ragfleet.launchers.torchrun import detect
 from ragfleet.merge import write_results
 from ragfleet.model_files import context_limit
-from ragfleet.plan import static_slices
-from ragfleet.planning import cost_model, find_finished, index_contexts, selection_of
+from ragfleet.plan import Plan, static_slices
+from ragfleet.planning import find_finished, index_contexts, selection_of
 from ragfleet.preparation import Preparation, prepare
 from ragfleet.records import Head, LazyRecord, parse_head
 from ragfleet.remote.asking import prepare as prepare_body
 from ragfleet.run_lock import RunLock
 
 
-def plan_lines(config: RunConfig) -> list[str]:
+def plan_lines(config: PlanConfig) -> list[str]:
     """What `infer` would do with this configuration now. Raises UsageError as `infer` would."""
     preparation = prepare(config, os.environ, detect(os.environ))
     selection = selection_of(config, preparation.num_workers, preparation.key_fields)
     indexed = index_contexts(selection, preparation.identity.run_key)
     finished = find_finished(indexed, preparation.paths.output_file)
     done = finished.mask(indexed, config.retry_failed)
-    plan = indexed.plan(indexed.requests & ~done, config.schedule, cost_model(preparation))
-    lines = header_lines(preparation, indexed, plan, finished)
+    to_do = indexed.requests & ~done
+    plan, prefill = plan_requests(preparation, indexed, to_do, config.exact_tokens)
+    lines = header_lines(preparation, indexed, plan, finished, prefill)
+    if prefill is None and config.exact_tokens:
+        lines.append("Tokens    are not counted: this engine's prompts are not known beforehand.")
     if done.any():
         lines.append(f"Finished  {int(done.sum()):,} requests by earlier starts; they are kept.")
     lines.append("Slices    (selected lines by the documented rule; what a worker generates)")
@@ -55,11 +59,7 @@ def plan_lines(config: RunConfig) -> list[str]:
             f" ({costs[worker] / total_cost:.1%} of the cost)"
         )
     if len(plan.order):
-        bound = plan.lower_bound_cost / max(*costs, 1e-9)
-        lines.append(
-            f"Balance   the busiest slice is planned within {1 / bound - 1:.1%} of the lower bound"
-            " (before any stealing)"
-        )
+        lines += balance_lines(plan, preparation.num_workers)
     if preparation.remote is not None:
         first, *more = estimate_lines(
             preparation.remote,
@@ -72,6 +72,21 @@ def plan_lines(config: RunConfig) -> list[str]:
     invalid = indexed.index.first_invalid
     lines += [f"Invalid   line {number}: {reason}" for number, reason in invalid[3:]]
     return lines
+
+
+def balance_lines(plan: Plan, num_workers: int) -> list[str]:
+    """How even the slices are, and what no schedule can be below."""
+    over = max(plan.slice_costs(num_workers)) / plan.lower_bound_cost - 1
+    even = plan.lower_bound_cost * num_workers <= plan.least_cost * (1 + 1e-9)
+    why = f"an even share of {plan.least_cost:,.0f}" if even else "the costliest request"
+    again = max(0.0, plan.planned_cost / plan.least_cost - 1)
+    return [
+        "Bound     no schedule ends before one worker has done work for"
+        f" {plan.lower_bound_cost:,.0f} tokens ({why}; an answer counts as"
+        f" {plan.answer_tokens:,.0f})",
+        f"Balance   the busiest slice is planned {max(0.0, over):.1%} above that (before any"
+        f" stealing); prefixes that are computed again add {again:.1%} to the work",
+    ]
 
 
 def rendered_prompt(config: RunConfig, identifier: str) -> tuple[str, str]:

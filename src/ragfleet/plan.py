@@ -28,6 +28,8 @@ is left to wait for when the first worker runs out. `benchmarks/simulate_schedul
 PIECE_PREFIXES: Final = 16
 """A group is cut into pieces of so many times its prefix's cost, so that prefilling it again costs
 a sixteenth at most, while such a piece is less than a quarter of a worker's share."""
+BYTES_PER_TOKEN: Final = 3.5
+"""Where no tokenizer says better."""
 ANSWER_RATIO: Final = 0.25
 """Length of an average answer by max_new_tokens, until a start of the run has shown it. Taking
 max_new_tokens itself cuts groups much too small: far more prefill than the balance is worth."""
@@ -114,7 +116,7 @@ class CostModel:
 
     answer_tokens: float
     """Length of an average answer."""
-    bytes_per_token: float = 3.5
+    bytes_per_token: float = BYTES_PER_TOKEN
 
     def prefix(self, grouping: NDArray[Any], rows: NDArray[Any]) -> NDArray[np.float64]:
         """Cost of the part of each prompt that its group shares."""
@@ -138,6 +140,7 @@ class Plan:
         num_groups: distinct prefixes among the requests.
         least_cost: of all requests, each distinct prefix counted once.
         planned_cost: of all chunks, a prefix counted in each chunk that needs it.
+        answer_tokens: what each answer counts as.
         lower_bound_cost: no schedule can finish before one worker has done this much: an even
             share of `least_cost`, or the costliest single request.
     """
@@ -148,6 +151,7 @@ class Plan:
     num_groups: int
     least_cost: float
     planned_cost: float
+    answer_tokens: float
     lower_bound_cost: float
 
     def slice_costs(self, num_workers: int) -> list[float]:
@@ -283,7 +287,7 @@ def _costed(
     """
     if not len(rows):
         nothing = np.zeros(0, bool)
-        return Plan(rows.astype(np.uint32), nothing, chunks, 0, 0.0, 0.0, 0.0)
+        return Plan(rows.astype(np.uint32), nothing, chunks, 0, 0.0, 0.0, costs.answer_tokens, 0.0)
     group = grouping["group"][rows]
     begin = chunks["start"].astype(np.intp)
     leads = np.r_[True, group[1:] != group[:-1]]
@@ -298,5 +302,6 @@ def _costed(
         num_groups=len(first),
         least_cost=least,
         planned_cost=float(chunks["cost"].sum()),
+        answer_tokens=costs.answer_tokens,
         lower_bound_cost=max(least / num_workers, float((own + prefix).max())),
     )

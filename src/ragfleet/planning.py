@@ -16,6 +16,7 @@ from ragfleet.index import Index, build_index
 from ragfleet.merge import MergeJob
 from ragfleet.plan import (
     ANSWER_RATIO,
+    BYTES_PER_TOKEN,
     CostModel,
     Plan,
     find_leaders,
@@ -103,11 +104,14 @@ def index_contexts(
     return Indexed(selection, index, selected, requests)
 
 
-def cost_model(preparation: Preparation) -> CostModel:
+def cost_model(preparation: Preparation, bytes_per_token: float | None = None) -> CostModel:
     """What is known beforehand of the costs; an earlier start knows how long answers are."""
     before = preparation.run_file.answer_tokens if preparation.run_file is not None else None
     assumed = ANSWER_RATIO * preparation.config.max_new_tokens
-    return CostModel(answer_tokens=assumed if before is None else before)
+    return CostModel(
+        answer_tokens=assumed if before is None else before,
+        bytes_per_token=bytes_per_token or BYTES_PER_TOKEN,
+    )
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ class Counters:
     failed: int = 0
     stolen: int = 0
     busy_s: float = 0.0
+    span_s: float = 0.0
     prompt_tokens: int = 0
     cached_tokens: int = 0
     completion_tokens: int = 0
@@ -109,6 +110,7 @@ class Pulse:
             chunk=counters.chunk,
             stolen=counters.stolen,
             busy_s=counters.busy_s,
+            span_s=counters.span_s,
             prompt_tokens=counters.prompt_tokens,
             cached_tokens=counters.cached_tokens,
             completion_tokens=counters.completion_tokens,

@@ -14,7 +14,7 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -23,7 +23,7 @@ import numpy as np
 
 from ragfleet.accounting import begin_account
 from ragfleet.allocation import worker_environment
-from ragfleet.beats import Beat, beat_timeout_s
+from ragfleet.beats import Beat, beat_timeout_s, read_beats
 from ragfleet.config import RunConfig
 from ragfleet.errors import (
     Interrupted,
@@ -33,6 +33,7 @@ from ragfleet.errors import (
     UsageError,
     WorkersFailed,
 )
+from ragfleet.estimates import Prefill, plan_requests
 from ragfleet.events import Event, OnEvent
 from ragfleet.header import header_lines, resume_line
 from ragfleet.identity import (
@@ -57,7 +58,6 @@ from ragfleet.merge import write_results
 from ragfleet.planning import (
     Finished,
     Indexed,
-    cost_model,
     find_finished,
     index_contexts,
     selection_of,
@@ -65,7 +65,7 @@ from ragfleet.planning import (
 from ragfleet.preparation import Preparation, check_paths, prepare
 from ragfleet.run_lock import RunLock
 from ragfleet.shards import list_shards
-from ragfleet.summary import MergeStatistics, RunSummary
+from ragfleet.summary import Generation, MergeStatistics, RunSummary
 
 _PLAN_WAIT_S: Final = 1800.0
 _PLAN_NOTE_S: Final = 30.0
@@ -111,6 +111,7 @@ class _Run:
         self.launch_id = rank.launch_id if rank is not None else uuid.uuid4().hex[:12]
         self.restarts = 0
         self.beats: Mapping[str, Beat] = {}
+        self.prefill: Prefill | None = None
 
     def say(self, event: Event) -> None:
         self.restarts += event.kind == "died"
@@ -237,9 +238,9 @@ class _Run:
         paths, config = preparation.paths, self.config
         finished = find_finished(indexed, paths.output_file)
         done = finished.mask(indexed, config.retry_failed)
-        plan = indexed.plan(indexed.requests & ~done, config.schedule, cost_model(preparation))
+        plan, self.prefill = plan_requests(preparation, indexed, indexed.requests & ~done)
         num_finished, to_do = int(done.sum()), len(plan.order)
-        header = header_lines(preparation, indexed, plan, finished)
+        header = header_lines(preparation, indexed, plan, finished, self.prefill)
         self.say(Event("header", "\n".join(header)))
         starts = preparation.run_file.starts if preparation.run_file else 0
         if starts or num_finished:
@@ -281,6 +282,7 @@ class _Run:
             with contextlib.suppress(StorageError):  # the disk may be full
                 write_run_file(paths, run_file)
             raise self.told(error, indexed, paths) from error
+        self.beats = read_beats(launch_paths.beats)
         return num_finished
 
     def make_launch(self, preparation: Preparation, num_started: int) -> Launch:
@@ -424,6 +426,8 @@ class _Run:
             stolen_chunks=sum(beat.stolen for beat in self.beats.values()),
             restarts=self.restarts,
             wall_s=time.monotonic() - self.started_s,
+            prefill=self.prefill,
+            generation=generation_of(self.beats.values()),
             fail_on_errors=self.config.fail_on_errors,
             cost=self.cost(statistics.prompt_tokens, statistics.completion_tokens),
         )
@@ -434,6 +438,21 @@ class _Run:
         if price_in is None and price_out is None:
             return None
         return (prompt_tokens * (price_in or 0) + completion_tokens * (price_out or 0)) / 1e6
+
+
+def generation_of(beats: Iterable[Beat]) -> Generation:
+    """What the workers of this start say of themselves, those that died among them."""
+    generation = Generation()
+    ranks = set()
+    for beat in beats:
+        ranks.add(beat.owner.partition(".")[0])
+        generation.makespan_s = max(generation.makespan_s, beat.span_s)
+        generation.busy_s += beat.busy_s
+        generation.prompt_tokens += beat.prompt_tokens
+        generation.cached_tokens += beat.cached_tokens
+        generation.uncounted += beat.uncounted
+    generation.num_workers = len(ranks)
+    return generation
 
 
 def _follow(config: RunConfig, rank: TorchrunRank, say: OnEvent) -> None:

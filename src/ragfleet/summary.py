@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ragfleet.records import decode_object
+
+if TYPE_CHECKING:
+    from ragfleet.estimates import Prefill
 
 
 @dataclass(slots=True)
@@ -59,6 +62,27 @@ class MergeStatistics:
     workers: dict[int, WorkerStatistics] = field(default_factory=dict)
 
 
+@dataclass(slots=True)
+class Generation:
+    """What became of the plan, in this start."""
+
+    num_workers: int = 0
+    makespan_s: float = 0.0
+    """The longest that a worker took from its loaded model to its last answer."""
+    busy_s: float = 0.0
+    """Time with something in flight, of all workers together."""
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    """Of them, those whose prefill was there already."""
+    uncounted: int = 0
+    """Answers whose engine did not say."""
+
+    @property
+    def lower_bound_s(self) -> float:
+        """No worker idle: the work that was done, evenly spread."""
+        return self.busy_s / self.num_workers if self.num_workers else 0.0
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunSummary:
     """The result of `run`."""
@@ -78,6 +102,9 @@ class RunSummary:
     restarts: int = 0
     wall_s: float = 0.0
     """From the start of this run to its merged output."""
+    prefill: Prefill | None = None
+    """What was expected; None where prompts are not known beforehand."""
+    generation: Generation = field(default_factory=Generation)
     fail_on_errors: bool = False
     cost: float | None = None
     """Of the answers in the output, by --price_in and --price_out."""

@@ -156,6 +156,7 @@ class Worker:
         self._order = info.order
         self.events.send("ready", info.name, notes=list(info.notes), blocked_after_s=limit_s)
         self.refresh()
+        ready_s = time.monotonic()
         while True:
             if self.draining and info.survives:
                 break
@@ -163,7 +164,9 @@ class Worker:
             if self.fill(info) or self.try_suspects():
                 for outcome in self.engine.step(_STEP_S):
                     self.finish(outcome)
-                self.counters.busy_s += time.monotonic() - started_s
+                now_s = time.monotonic()
+                self.counters.busy_s += now_s - started_s
+                self.counters.span_s = now_s - ready_s
                 self.pulse.check()
             elif not self.look_around():
                 break

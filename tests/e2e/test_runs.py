@@ -521,3 +521,30 @@ def test_from_a_thread_of_a_program(tmp_path: Path) -> None:
             assert summary is not None
             assert len(list(summary.results())) == 20
     assert threading.active_count() == threads
+
+
+def test_plan_says_what_sharing_saves_and_the_end_what_came_true(tmp_path: Path) -> None:
+    contexts = ("alpha is the first letter. " * 6, "beta is the second letter. " * 6)
+    lines = [
+        {"query": f"Which letter is number {number}?", "context": contexts[number % 2]}
+        for number in range(6)
+    ]
+    (tmp_path / "contexts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    flags = ("--contexts_file", "contexts.jsonl", "--model_path", "pocket", "--device", "cpu")
+    flags = (*flags, "--temperature", "0", "--max_new_tokens", "4", "--num_workers", "2")
+    plan = ragfleet(tmp_path, "plan", *flags, "--exact_tokens")
+    assert plan.returncode == 0, plan.stderr
+    found = re.search(
+        r"Prefill   ([\d,]+) prompt tokens; each prefix once ([\d,]+) \((\d+)% less\), counted",
+        plan.stdout,
+    )
+    assert found is not None, plan.stdout
+    prompts, shared = (int(text.replace(",", "")) for text in found.groups()[:2])
+    assert shared < 0.7 * prompts
+    assert "Bound     no schedule ends before one worker" in plan.stdout
+    done = ragfleet(tmp_path, "infer", *flags, "--output_file", "out.jsonl")
+    assert done.returncode == 0, done.stderr
+    assert f"Prefill   {prompts:,} prompt tokens; each prefix once {shared:,}" in done.stderr
+    computed = re.search(rf"Prefill: ([\d,]+) of {prompts:,} prompt tokens computed", done.stdout)
+    assert computed is not None, done.stdout
+    assert re.search(r"Generation: [\d.]+s, [\d.]+% above the bound of", done.stdout)

@@ -10,8 +10,9 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ragfleet.estimates import Estimate, Prefill
 from ragfleet.monitor.statistics import full_text, overall_block, verdict, worker_block
-from ragfleet.summary import MergeStatistics, RunSummary, WorkerStatistics
+from ragfleet.summary import Generation, MergeStatistics, RunSummary, WorkerStatistics
 
 
 def summary_of(statistics: MergeStatistics, **others: Any) -> RunSummary:
@@ -165,3 +166,29 @@ def test_results_are_read_one_by_one_even_numbers_that_no_float_holds(tmp_path: 
     assert next(rows) == {"id": 1, "answer": "答"}
     assert next(rows)["n"] == float("inf")
     assert json.dumps(list(rows)) == "[]"
+
+
+def test_what_came_true_of_the_plan() -> None:
+    planned = Prefill(
+        prompts=Estimate(220_000, 1_000),
+        shared=Estimate(60_000, 500),
+        planned=Estimate(61_234, 512),
+        num_too_long=None,
+        num_sampled=256,
+        is_exact=False,
+    )
+    done = Generation(
+        num_workers=4, makespan_s=102.0, busy_s=400.0, prompt_tokens=221_000, cached_tokens=160_000
+    )
+    statistics = MergeStatistics(rows=1, succeeded=1, generated=1)
+    lines = overall_block(summary_of(statistics, prefill=planned, generation=done)).splitlines()
+    assert (
+        "Prefill: 61,000 of 221,000 prompt tokens computed (27.6%), 61,230 ± 510 planned" in lines
+    )
+    assert "Generation: 102.0s, 2.0% above the bound of 100.0s (4 workers, none ever idle)" in lines
+    done.uncounted = 1
+    text = overall_block(summary_of(statistics, prefill=planned, generation=done))
+    assert "221,000 prompt tokens; how many were computed, the engine does not say" in text
+    text = overall_block(summary_of(statistics, generation=Generation()))
+    assert "Prefill" not in text
+    assert "Generation" not in text

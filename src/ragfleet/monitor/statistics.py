@@ -56,6 +56,7 @@ def overall_block(summary: RunSummary) -> str:
             f"Cost: {summary.cost:,.4f} for the answers above, at the given prices (what was sent"
             " again or cut off may have been charged too)"
         )
+    lines += _planned_and_done(summary)
     lines.append(f"Wall time of this start: {summary.wall_s:.1f}s")
     if summary.answered_now and summary.wall_s > 0:
         lines.append(
@@ -68,6 +69,31 @@ def overall_block(summary: RunSummary) -> str:
             f"Answers in the shards that no selected line asks for: {summary.superfluous:,}"
         )
     return "\n".join(lines)
+
+
+def _planned_and_done(summary: RunSummary) -> list[str]:
+    """What came true of the plan: prompt tokens computed, and the makespan against its bound."""
+    done, lines = summary.generation, []
+    planned = "" if summary.prefill is None else f", {summary.prefill.planned} planned"
+    if done.prompt_tokens and not done.uncounted:
+        computed = done.prompt_tokens - done.cached_tokens
+        share = computed / done.prompt_tokens
+        lines.append(
+            f"Prefill: {computed:,} of {done.prompt_tokens:,} prompt tokens computed"
+            f" ({share:.1%}){planned}"
+        )
+    elif done.prompt_tokens:
+        lines.append(
+            f"Prefill: {done.prompt_tokens:,} prompt tokens; how many were computed, the engine"
+            f" does not say{planned}"
+        )
+    if done.lower_bound_s > 0 and done.num_workers > 1:
+        over = done.makespan_s / done.lower_bound_s - 1
+        lines.append(
+            f"Generation: {done.makespan_s:.1f}s, {over:.1%} above the bound of"
+            f" {done.lower_bound_s:.1f}s ({done.num_workers} workers, none ever idle)"
+        )
+    return lines
 
 
 def verdict(summary: RunSummary) -> str:

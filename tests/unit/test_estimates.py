@@ -1,0 +1,234 @@
+"""Prompt tokens before anything is loaded: the estimate, its error bar, and the exact count."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from ragfleet.config import RunConfig
+from ragfleet.engines.protocol import Prepared, Request, SamplingParams
+from ragfleet.estimates import (
+    Estimate,
+    Prefill,
+    PrefillSample,
+    can_tokenise,
+    plan_requests,
+    total_of,
+)
+from ragfleet.header import prefill_lines
+from ragfleet.planning import Indexed, index_contexts, selection_of
+from ragfleet.preparation import Preparation, pocket_folder, prepare
+from ragfleet.records import LazyRecord
+from ragfleet.tokens import load_tokenizer, prepare_prompt
+
+WORDS = Path(__file__).read_text(encoding="utf-8").split()
+
+
+# ---- the estimator
+
+
+def test_a_whole_population_is_a_count() -> None:
+    y = np.array([3.0, 5.0, 9.0])
+    assert total_of(np.array([1.0, 2.0, 3.0]), y, 3, 6.0) == Estimate(17.0, 0.0)
+
+
+def test_what_depends_on_the_bytes_alone_has_no_error() -> None:
+    x = np.arange(1.0, 51.0)
+    found = total_of(x, 2 * x + 7, 1000, 40_000.0)
+    assert found.total == pytest.approx(2 * 40_000 + 7 * 1000)
+    assert found.error == pytest.approx(0, abs=1e-6)
+
+
+def test_the_error_bar_holds_about_95_times_of_100() -> None:
+    draw = np.random.default_rng(1)
+    x = draw.lognormal(6, 0.8, 20_000)
+    y = x / 3.5 + draw.normal(0, 40, 20_000)
+    within = 0
+    for _ in range(400):
+        sample = draw.choice(20_000, 256, replace=False)
+        found = total_of(x[sample], y[sample], 20_000, float(x.sum()))
+        within += abs(found.total - y.sum()) <= found.error
+    assert 0.91 < within / 400 < 0.99
+
+
+def test_bytes_that_are_all_alike_leave_the_mean() -> None:
+    found = total_of(np.zeros(4), np.array([1.0, 0.0, 0.0, 1.0]), 100, 0.0)
+    assert found.total == pytest.approx(50)
+    assert found.error > 10
+
+
+@pytest.mark.parametrize(
+    ("estimate", "text"),
+    [
+        (Estimate(224_037, 0), "224,037"),
+        (Estimate(224_037, 1234), "224,000 ± 1,200"),
+        (Estimate(224_037, 7), "224,037 ± 7"),
+    ],
+)
+def test_digits_follow_the_error(estimate: Estimate, text: str) -> None:
+    assert str(estimate) == text
+
+
+# ---- on records
+
+
+def write_contexts(path: Path, num_records: int, num_contexts: int) -> None:
+    draw = random.Random(0)
+    contexts = [" ".join(draw.choices(WORDS, k=draw.randint(5, 120))) for _ in range(num_contexts)]
+    with open(path, "w", encoding="utf-8") as file:
+        for number in range(num_records):
+            query = f"{' '.join(draw.choices(WORDS, k=draw.randint(2, 15)))} {number}?"
+            method = draw.choice([None, "rag_fallback"])
+            context = draw.choice(contexts)
+            record = {"query": query, "context": context, "retrieval_method": method}
+            file.write(json.dumps(record) + "\n")
+
+
+def prepared_run(
+    tmp_path: Path, num_records: int, num_contexts: int, **settings: Any
+) -> tuple[Preparation, Indexed]:
+    contexts = tmp_path / "contexts.jsonl"
+    write_contexts(contexts, num_records, num_contexts)
+    config = RunConfig(
+        contexts_file=contexts,
+        output_file=tmp_path / "out.jsonl",
+        **{
+            "model_path": "pocket",
+            "temperature": 0,
+            "max_new_tokens": 16,
+            "device": "cpu",
+            **settings,
+        },
+    )
+    preparation = prepare(config, os.environ)
+    selection = selection_of(config, preparation.num_workers, preparation.key_fields)
+    return preparation, index_contexts(selection, preparation.identity.run_key)
+
+
+def tokens_of(preparation: Preparation, indexed: Indexed) -> dict[int, tuple[int, ...]]:
+    """Row → the ids that a worker would send, the plain way."""
+    tokenizer = load_tokenizer(pocket_folder())
+    lines = indexed.index.path.read_bytes().splitlines(keepends=True)
+    found = {}
+    for row in np.flatnonzero(indexed.requests).tolist():
+        record = json.loads(lines[row])
+        request = Request(
+            key=b"",
+            query=record["query"],
+            context=record["context"],
+            retrieval_method=record["retrieval_method"],
+            record=LazyRecord(lines[row]),
+        )
+        prepared = prepare_prompt(
+            request, preparation.prompts, tokenizer, SamplingParams(max_new_tokens=16), None
+        )
+        assert isinstance(prepared, Prepared)
+        found[row] = tuple(prepared.token_ids)
+    return found
+
+
+def num_common(members: list[tuple[int, ...]]) -> int:
+    """Tokens that all of them begin with."""
+    first, last = min(members), max(members)
+    pairs = zip(first, last, strict=False)
+    return next((n for n, (a, b) in enumerate(pairs) if a != b), min(len(first), len(last)))
+
+
+def shared_of(indexed: Indexed, ids: dict[int, tuple[int, ...]], num_workers: int) -> int:
+    """Distinct token prefixes by a trie over groups: each token of a group's common part once."""
+    groups: dict[int, list[tuple[int, ...]]] = {}
+    for row, tokens in ids.items():
+        groups.setdefault(int(indexed.index.grouping["group"][row]), []).append(tokens)
+    head = num_common(list(ids.values()))
+    total = head * num_workers
+    for members in groups.values():
+        common = num_common(members) if len(members) > 1 else 0
+        if common:
+            total += common - head + sum(len(tokens) - common for tokens in members)
+        else:
+            total += len(members[0]) - head
+    return total
+
+
+@pytest.mark.parametrize("schedule", ["dynamic", "static"])
+def test_the_count_is_what_workers_send(tmp_path: Path, schedule: str) -> None:
+    preparation, indexed = prepared_run(tmp_path, 300, 40, num_workers=2, schedule=schedule)
+    _, prefill = plan_requests(preparation, indexed, indexed.requests, exact=True)
+    assert prefill is not None
+    assert prefill.is_exact
+    ids = tokens_of(preparation, indexed)
+    assert prefill.prompts == Estimate(sum(map(len, ids.values())), 0)
+    # A question's first word may happen to be the same in all of a group.
+    assert prefill.shared.total == pytest.approx(shared_of(indexed, ids, 2), rel=0.01)
+    assert prefill.planned.total >= prefill.shared.total
+    if schedule == "static":
+        assert prefill.planned.total > 1.5 * prefill.shared.total, "contexts are anywhere"
+
+
+def test_the_estimate_holds_the_count(tmp_path: Path) -> None:
+    preparation, indexed = prepared_run(tmp_path, 3000, 500)
+    sample = PrefillSample(preparation, indexed, indexed.requests)
+    plan = indexed.plan(indexed.requests, "dynamic", costs=_costs())
+    estimate, counted = sample.estimate(plan), sample.count(plan)
+    assert not estimate.is_exact
+    for name in ("prompts", "shared", "planned"):
+        mine, truth = getattr(estimate, name), getattr(counted, name)
+        assert 0 < mine.error < 0.05 * mine.total
+        assert abs(mine.total - truth.total) < 1.6 * mine.error, name
+    assert 1 < sample.bytes_per_token < 6
+
+
+def _costs() -> Any:
+    from ragfleet.plan import CostModel
+
+    return CostModel(answer_tokens=4)
+
+
+def test_a_few_records_are_counted_by_the_sample_too(tmp_path: Path) -> None:
+    preparation, indexed = prepared_run(tmp_path, 60, 10)
+    sampled = plan_requests(preparation, indexed, indexed.requests)[1]
+    counted = plan_requests(preparation, indexed, indexed.requests, exact=True)[1]
+    assert sampled is not None
+    assert counted is not None
+    assert sampled.is_exact
+    assert sampled.prompts == counted.prompts
+    assert sampled.shared.total == pytest.approx(counted.shared.total)
+
+
+def test_prompts_that_are_too_long_are_counted_apart(tmp_path: Path) -> None:
+    for policy in ("error", "tail"):
+        preparation, indexed = prepared_run(
+            tmp_path, 200, 30, max_model_len=120, truncate_context=policy
+        )
+        ids = tokens_of(preparation, indexed)
+        fitting = [len(tokens) for tokens in ids.values() if len(tokens) <= 104]
+        found = plan_requests(preparation, indexed, indexed.requests, exact=True)[1]
+        assert found is not None
+        assert found.num_too_long == Estimate(len(ids) - len(fitting), 0)
+        cut = 104 * (len(ids) - len(fitting)) if policy == "tail" else 0
+        assert found.prompts.total == sum(fitting) + cut
+        assert f"{len(ids) - len(fitting)} prompts are too long" in "\n".join(prefill_lines(found))
+
+
+def test_where_prompts_are_not_known_nothing_is_claimed(tmp_path: Path) -> None:
+    preparation, indexed = prepared_run(tmp_path, 5, 2, model_path=None, engine="echo")
+    assert not can_tokenise(preparation)
+    assert plan_requests(preparation, indexed, indexed.requests)[1] is None
+
+
+def test_a_template_with_the_question_first_shares_nothing_but_the_head(tmp_path: Path) -> None:
+    template = tmp_path / "prompt.jinja"
+    template.write_text("Question: {{ query }}\n\n{{ context }}", encoding="utf-8")
+    preparation, indexed = prepared_run(tmp_path, 100, 5, prompt_template=template)
+    found = plan_requests(preparation, indexed, indexed.requests, exact=True)[1]
+    assert isinstance(found, Prefill)
+    ids = tokens_of(preparation, indexed)
+    head = num_common(list(ids.values()))
+    least = sum(map(len, ids.values())) - head * (len(ids) - 1)
+    assert found.shared.total == pytest.approx(least, rel=0.02)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from ragfleet import RunConfig
+from ragfleet.config import PlanConfig
 from ragfleet.contexts.options import ContextsOptions
 from ragfleet.corpus.build import BuildOptions
 from ragfleet.pipeline import PipelineOptions
@@ -76,7 +77,7 @@ def test_flags_in_the_documents_exist(document: str) -> None:
     others = {"config", "contexts-file", "partial", "skip-inference", "model"}
     others |= {"standalone", "nproc_per_node", "max-restarts"}
     named = set(re.findall(r"--([a-z][a-z_-]+)", (ROOT / document).read_text(encoding="utf-8")))
-    settings = (RunConfig, BuildOptions, ContextsOptions, PipelineOptions)
+    settings = (PlanConfig, BuildOptions, ContextsOptions, PipelineOptions)
     assert named - others <= {field.name for kind in settings for field in dataclasses.fields(kind)}
 
 

@@ -119,8 +119,8 @@ def _show(arguments: list[str]) -> int:
     config = parse_config(arguments[1:], "ragfleet show ID", plan=True)
     if config is None:
         return 0
-    from ragfleet.inspection import rendered_prompt
     from ragfleet.monitor.console import printable
+    from ragfleet.prompt_view import rendered_prompt
 
     prompt, facts = rendered_prompt(config, identifier)
     print(printable(facts), file=sys.stderr)
@@ -387,8 +387,13 @@ def interrupt_on_signals() -> None:
 
 def _report(error: RagfleetError, arguments: list[str]) -> None:
     text = str(error)
+    rank = os.environ.get("RANK", "0") if "TORCHELASTIC_RUN_ID" in os.environ else "0"
     resumable = isinstance(error, Interrupted | RunError) and arguments[0] in _RESUMABLE
-    if resumable:
+    if rank != "0" and resumable:  # rank 0 says what is kept and how to go on, once for all
+        if isinstance(error, Interrupted):
+            return
+        text = f"rank {rank}: {text}"
+    elif resumable:
         text += f"\nGo on with:\n  {resume_command(arguments)}"
     from ragfleet.monitor.console import printable
 

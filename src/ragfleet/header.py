@@ -67,6 +67,8 @@ def input_lines(indexed: Indexed) -> list[str]:
         facts.append(f"{equal:,} equal to an earlier one (generated once)")
     if index.num_missing_ids:
         facts.append(f"{index.num_missing_ids:,} without an id")
+    if index.num_repeated_ids:
+        facts.append(f"{index.num_repeated_ids:,} with an id that an earlier line has too")
     lines = [" · ".join(facts)]
     lines += [f"line {number}: {reason}" for number, reason in index.first_invalid[:3]]
     if len(index.first_invalid) > 3 and invalid > 3:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import shlex
 import struct
+from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import IntEnum
@@ -76,8 +77,8 @@ class Index:
     Attributes:
         records: [num_records] of RECORD. Keys are those of the line alone: `plan` tells repeats
         apart. grouping: [num_records] of GROUPING. num_missing_ids: records without an id, which
-        are called line:<n>. first_invalid: (line number, reason) of the first invalid lines, at
-        most ten.
+        are called line:<n>. num_repeated_ids: records whose id an earlier one has too.
+        first_invalid: (line number, reason) of the first invalid lines, at most ten.
     """
 
     path: Path
@@ -85,6 +86,7 @@ class Index:
     records: np.ndarray[Any, np.dtype[np.void]]
     grouping: np.ndarray[Any, np.dtype[np.void]]
     num_missing_ids: int
+    num_repeated_ids: int
     first_invalid: tuple[tuple[int, str], ...]
 
     def __len__(self) -> int:
@@ -103,11 +105,12 @@ def build_index(
         InputError: no such file, empty, another encoding, not JSONL, or not one valid record.
     """
     identity = _open_checked(path)
-    rows, grouping = bytearray(), bytearray()
-    missing_ids = num_valid = num_undecodable = 0
+    rows, grouping, id_hashes = bytearray(), bytearray(), array("Q")
+    num_valid = num_undecodable = 0
     first_invalid: list[tuple[int, str]] = []
     undecodable_sample = b""
-    key_of, line_hash, group_hash = keyer.key, xxhash.xxh3_64_intdigest, xxhash.xxh3_64_intdigest
+    key_of = keyer.key
+    line_hash = group_hash = id_hash = xxhash.xxh3_64_intdigest
     offset = line_no = num_records = 0
     with open(path, "rb", buffering=_BUFFER_BYTES) as file:
         if file.read(3) == UTF8_BOM:
@@ -136,13 +139,11 @@ def build_index(
                         offset, line_hash(line), b"", length, line_no, num_records, 2
                     )
                     grouping += _pack_grouping(0, 0, 0)
-                missing_ids += head.id is None
                 num_records += 1
             elif not line.isspace():
                 assert isinstance(head, InvalidRecord)
                 rows += _pack_record(offset, line_hash(line), b"", length, line_no, num_records, 1)
                 grouping += _pack_grouping(0, 0, 0)
-                missing_ids += head.id is None
                 num_records += 1
                 if len(first_invalid) < 10:
                     first_invalid.append((line_no, head.reason))
@@ -150,6 +151,8 @@ def build_index(
                     num_undecodable += 1
                     undecodable_sample = undecodable_sample or line
             offset += length
+            if head.id is not None:
+                id_hashes.append(id_hash(str(head.id).encode()))
             if on_progress is not None and line_no % _PROGRESS_EVERY == 0:
                 on_progress(num_records, offset / max(identity.size_bytes, 1))
     if num_records == 0:
@@ -166,7 +169,8 @@ def build_index(
         identity=identity,
         records=np.frombuffer(rows, RECORD),
         grouping=np.frombuffer(grouping, GROUPING),
-        num_missing_ids=missing_ids,
+        num_missing_ids=num_records - len(id_hashes),
+        num_repeated_ids=len(id_hashes) - len(np.unique(np.array(id_hashes, np.uint64))),
         first_invalid=tuple(first_invalid),
     )
 

@@ -1,4 +1,4 @@
-"""Looking at a run without running it: its plan, one prompt, its state, a merge of its shards.
+"""Looking at a run without running it: its plan, its state, a merge of its shards.
 
 Nothing here loads a model, torch included.
 """
@@ -13,22 +13,18 @@ import msgspec
 
 from ragfleet.accounting import estimate_lines
 from ragfleet.beats import read_beats
-from ragfleet.config import PlanConfig, RunConfig
-from ragfleet.engines.protocol import Failure, Request, SamplingParams
-from ragfleet.errors import InputError, OutputError, WorkersFailed
+from ragfleet.config import PlanConfig
+from ragfleet.errors import OutputError, WorkersFailed
 from ragfleet.estimates import plan_requests
 from ragfleet.header import header_lines
 from ragfleet.identity import RunFile, read_run_file, write_run_file
-from ragfleet.index import UTF8_BOM, Kind
+from ragfleet.index import Kind
 from ragfleet.launch import RunPaths
 from ragfleet.launchers.torchrun import detect
 from ragfleet.merge import write_results
-from ragfleet.model_files import context_limit
 from ragfleet.plan import Plan, static_slices
 from ragfleet.planning import find_finished, index_contexts, selection_of
-from ragfleet.preparation import Preparation, prepare
-from ragfleet.records import Head, LazyRecord, parse_head
-from ragfleet.remote.asking import prepare as prepare_body
+from ragfleet.preparation import prepare
 from ragfleet.run_lock import RunLock
 
 
@@ -87,83 +83,6 @@ def balance_lines(plan: Plan, num_workers: int) -> list[str]:
         f"Balance   the busiest slice is planned {max(0.0, over):.1%} above that (before any"
         f" stealing); prefixes that are computed again add {again:.1%} to the work",
     ]
-
-
-def rendered_prompt(config: RunConfig, identifier: str) -> tuple[str, str]:
-    """The exact prompt of the record with this id (or `line:<n>`), and a line of facts about it.
-
-    Raises:
-        InputError: no such record, or it gets a failure row instead of a prompt.
-    """
-    from ragfleet.tokens import load_tokenizer, prepare_prompt
-
-    preparation = prepare(config, os.environ, None)
-    line, line_no = _find_line(config.contexts_file, identifier)
-    head = parse_head(line)
-    if not isinstance(head, Head):
-        raise InputError(f"{identifier} (line {line_no}) is not sent: {head.reason}.")
-    if head.error is not None:
-        raise InputError(f"{identifier} (line {line_no}) is not sent: {head.error}.")
-    if preparation.remote is not None:
-        return _remote_prompt(preparation, head, line), f"line {line_no}"
-    if preparation.model_dir is None:
-        return head.query, f"line {line_no}: this engine sees the query alone"
-    request = Request(
-        key=b"",
-        query=head.query,
-        context=head.context,
-        retrieval_method=head.retrieval_method,
-        record=LazyRecord(line),
-    )
-    tokenizer = load_tokenizer(preparation.model_dir, config.trust_remote_code)
-    limit = config.max_model_len or context_limit(preparation.model_dir)
-    sampling = SamplingParams(max_new_tokens=config.max_new_tokens)
-    prepared = prepare_prompt(request, preparation.prompts, tokenizer, sampling, limit)
-    if isinstance(prepared, Failure):
-        raise InputError(
-            f"{identifier} (line {line_no}) fails before it is sent:"
-            f" {prepared.error_type}: {prepared.error}"
-        )
-    facts = f"line {line_no}: {len(prepared.token_ids):,} tokens"
-    if prepared.truncated_tokens:
-        facts += f", {prepared.truncated_tokens:,} of the context cut"
-    return prepared.prompt, facts
-
-
-def _remote_prompt(preparation: Preparation, head: Head, line: bytes) -> str:
-    """What is sent to an API: its body, whose template the server applies."""
-    assert preparation.remote is not None
-    request = Request(
-        key=b"",
-        query=head.query,
-        context=head.context,
-        retrieval_method=head.retrieval_method,
-        record=LazyRecord(line),
-    )
-    prepared = prepare_body(request, preparation.prompts, preparation.remote)
-    if isinstance(prepared, Failure):
-        raise InputError(f"It fails before it is sent: {prepared.error_type}: {prepared.error}")
-    if "prompt" in prepared.own:
-        return prepared.prompt
-    messages = prepared.own["messages"]
-    return "\n\n".join(f"[{message['role']}]\n{message['content']}" for message in messages)
-
-
-def _find_line(path: Path, identifier: str) -> tuple[bytes, int]:
-    try:
-        with open(path, "rb") as file:
-            for number, line in enumerate(file, 1):
-                if number == 1:
-                    line = line.removeprefix(UTF8_BOM)  # noqa: PLW2901
-                if identifier == f"line:{number}":
-                    return line, number
-                if identifier.encode() in line or not line.isascii() or b"\\u" in line:
-                    head = parse_head(line)
-                    if head.id is not None and str(head.id) == identifier:
-                        return line, number
-    except OSError as error:
-        raise InputError(f"Can't read {path}: {error.strerror}.") from None
-    raise InputError(f"{path} has no record {identifier} (ids are exact; line:<n> works too).")
 
 
 @dataclass(frozen=True)

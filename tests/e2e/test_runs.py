@@ -347,6 +347,18 @@ def test_an_async_class(classes: Path) -> None:
     assert rows[3]["error"].startswith("LookupError: no such page")
 
 
+def test_show_asks_the_users_class_for_its_prompt(classes: Path) -> None:
+    flags = ("--contexts_file", "in.jsonl", "--model_path", "pocket", "--device", "cpu")
+    shown = ragfleet(classes, "show", "r11", *flags, "--inference_class", "mine.py:Prompt")
+    assert shown.returncode == 0, shown.stderr
+    plain = ragfleet(classes, "show", "r11", *flags)
+    assert plain.stdout != shown.stdout
+    assert "Question:" not in shown.stdout, "the class's own wording"
+    own = ragfleet(classes, "show", "r11", *flags, "--inference_class", "mine.py:Sync")
+    assert own.returncode == 2
+    assert "generate_answer of its own" in own.stderr
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_a_class_that_only_makes_prompts(classes: Path, small_model: Path) -> None:

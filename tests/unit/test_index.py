@@ -282,3 +282,16 @@ def test_a_file_without_one_record_says_what_is_wrong_with_its_first_line(tmp_pa
 def test_failed_contexts_are_records(tmp_path: Path) -> None:
     index = index_of(tmp_path / "c.jsonl", b'{"query":"q","success":false,"error":"none"}\nx\n')
     assert index.records["kind"].tolist() == [Kind.FAILED_CONTEXT, Kind.INVALID]
+
+
+def test_repeated_ids_are_counted(tmp_path: Path) -> None:
+    path = tmp_path / "contexts.jsonl"
+    lines = [
+        {"id": identifier, "query": "q", "context": "c"}
+        for identifier in ("a", "b", "a", None, None, 7, "7", "a")
+    ]
+    lines.append({"id": "b", "query": ""})  # invalid, under its own id
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines) + "\n")
+    index = build_index(path, Keyer(bytes(16), (), False))
+    assert index.num_repeated_ids == 4, "7 and '7' are one name in the output's logs"
+    assert index.num_missing_ids == 2

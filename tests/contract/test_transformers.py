@@ -13,6 +13,7 @@ from driving import Make, ask, drive
 
 from models import Reference, changed_copy, example_records, make_model
 from ragfleet.engines.decoding import Row, RowSampler, RowStopper
+from ragfleet.engines.oom_ladder import OomLadder
 from ragfleet.engines.protocol import (
     Completion,
     Engine,
@@ -360,11 +361,40 @@ def test_out_of_memory_halves_the_batch(
     assert sum(size > 2 for size in sizes) <= 8, "it does not learn from running out"
 
 
-def test_one_record_that_does_not_fit(start: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batches_grow_back_when_memory_does(
+    start: Make, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Somebody else held the GPU's memory for a while."""
+    caplog.set_level("INFO")
+    engine = start(batch_size=4, max_new_tokens=1)
+    sizes: list[int] = []
+
+    def fails(ids: torch.Tensor) -> bool:
+        sizes.append(len(ids))
+        return len(sizes) < 3 and len(ids) > 1
+
+    failing(engine, monkeypatch, fails, torch.OutOfMemoryError("CUDA out of memory."))
+    assert isinstance(engine, TransformersEngine)
+    engine._ladder = OomLadder(_patience=1)
+    assert len(completions(engine, [ask(number) for number in range(60)])) == 60
+    assert sizes[:2] == [4, 2]
+    assert sizes[2] == 1
+    assert 4 in sizes[-2:]
+    assert "without a limit again" in caplog.text
+
+
+def test_one_record_that_does_not_fit(
+    start: Make, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A smaller budget, alone, and only then the failure row; each step in the log."""
+    caplog.set_level("INFO")
     engine = start(batch_size=4)
     error = RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
     failing(engine, monkeypatch, lambda ids: ids.shape[1] > 500, error)
     outcomes = drive(engine, [ask(0), ask(1, context="word " * 800), ask(2)])
+    steps = [record.message for record in caplog.records if "memory" in record.message]
+    said = ("batches now have up to", "once more alone", "alone: it fails")
+    assert [text in step for text, step in zip(said, steps, strict=True)] == [True] * 3
     failure = outcomes[ask(1).key]
     assert isinstance(failure, Failure)
     assert failure.error_type == "oom"

@@ -23,6 +23,7 @@ from transformers import GenerationConfig
 from ragfleet.engines.answers import cut_at_stop, split_reasoning
 from ragfleet.engines.checkpoint import load_model, model_limit
 from ragfleet.engines.decoding import Row, RowSampler, RowStopper
+from ragfleet.engines.oom_ladder import OomLadder
 from ragfleet.engines.protocol import (
     Completion,
     EngineInfo,
@@ -59,8 +60,7 @@ class TransformersEngine:
         self._aborted: set[RequestKey] = set()
         self._num_batches = 0
         self._progress = 0
-        self._max_batch_tokens: int | None = None
-        """Prompt and answer tokens of a batch, padding included; set when one ran out of memory."""
+        self._ladder = OomLadder()
         self._model: Any = None
         self._tokenizer: PromptTokenizer | None = None
         self._max_model_len: int | None = None
@@ -170,54 +170,73 @@ class TransformersEngine:
             oldest = ordered.index(self._waiting[0])
             start = max(0, min(oldest, len(ordered) - self._batch_size))
         self._num_batches += 1
-        count = self._batch_size
-        if self._max_batch_tokens is not None:
-            width = _length(ordered[start]) + self._spec.sampling.max_new_tokens
-            count = max(1, min(count, self._max_batch_tokens // width))
-        batch = ordered[start : start + count]
+        width = _length(ordered[start]) + self._spec.sampling.max_new_tokens
+        batch = ordered[start : start + self._ladder.fit(width, self._batch_size)]
         taken = {prepared.key for prepared in batch}
         self._waiting = [prepared for prepared in self._waiting if prepared.key not in taken]
         return batch
 
-    def _answer(self, batch: Sequence[Prepared]) -> list[Outcome]:
+    def _answer(self, batch: Sequence[Prepared], *, is_alone: bool = False) -> list[Outcome]:
         """Outcomes of a batch, in smaller parts where the whole fails. Raises EngineDead."""
         batch = [prepared for prepared in batch if prepared.key not in self._aborted]
         if not batch:
             return []
         try:
-            return self._generate(batch)
+            outcomes = self._generate(batch)
+            self._grow(batch)
+            return outcomes
         except Exception as error:  # a model's forward can raise anything; one row may be the cause
             message = f"{type(error).__name__}: {error}"
             out_of_memory = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(
                 sign in message for sign in _OUT_OF_MEMORY
             )
         # Out of the handler, so that the traceback no longer holds the batch's tensors.
-        if not out_of_memory and any(sign in message for sign in _FATAL):
+        if out_of_memory:
+            return self._with_less_memory(batch, message, is_alone)
+        if any(sign in message for sign in _FATAL):
             raise EngineDead(f"the GPU failed while generating: {message}")
         if len(batch) == 1:
-            kind = "oom" if out_of_memory else "generation_error"
-            return [Failure(key=batch[0].key, error_type=kind, error=_why(batch[0], message))]
-        size = 1
-        if out_of_memory:
-            size = (len(batch) + 1) // 2
-            self._shrink(batch)
-        else:
-            log.warning("a batch of %d failed, its rows are tried alone: %s", len(batch), message)
-        parts = [batch[start : start + size] for start in range(0, len(batch), size)]
-        return [outcome for part in parts for outcome in self._answer(part)]
+            return [_failure(batch[0], "generation_error", message)]
+        log.warning("a batch of %d failed, its rows are tried alone: %s", len(batch), message)
+        return [outcome for prepared in batch for outcome in self._answer([prepared])]
 
-    def _shrink(self, batch: Sequence[Prepared]) -> None:
+    def _with_less_memory(
+        self, batch: Sequence[Prepared], message: str, was_alone: bool
+    ) -> list[Outcome]:
+        """The next rung of the ladder for a batch that ran out of memory."""
         gc.collect()
         if self._spec.num_gpus:
             torch.cuda.empty_cache()
-        width = max(map(_length, batch)) + self._spec.sampling.max_new_tokens
-        self._max_batch_tokens = max(width, len(batch) * width // 2)
+        width, tokens = self._width(batch), self._tokens(batch)
+        rung = self._ladder.failed(len(batch), tokens, was_alone=was_alone)
+        if rung == "oom":
+            log.warning("out of memory with one request of %d tokens alone: it fails", tokens)
+            return [_failure(batch[0], "oom", message)]
+        if rung == "alone":
+            log.warning("out of memory with one request of %d tokens: once more alone", tokens)
+            return self._answer(batch, is_alone=True)
         log.warning(
             "out of memory with %d requests of up to %d tokens: batches now have up to %d tokens",
             len(batch),
             width,
-            self._max_batch_tokens,
+            self._ladder.budget_tokens,
         )
+        size = min(self._ladder.fit(width, len(batch)), (len(batch) + 1) // 2)
+        parts = [batch[start : start + size] for start in range(0, len(batch), size)]
+        return [outcome for part in parts for outcome in self._answer(part)]
+
+    def _grow(self, batch: Sequence[Prepared]) -> None:
+        if self._ladder.succeeded(self._tokens(batch)):
+            budget = self._ladder.budget_tokens
+            limit = "without a limit again" if budget is None else f"up to {budget} tokens"
+            log.info("memory has sufficed for a while: batches are now %s", limit)
+
+    def _width(self, batch: Sequence[Prepared]) -> int:
+        return max(map(_length, batch)) + self._spec.sampling.max_new_tokens
+
+    def _tokens(self, batch: Sequence[Prepared]) -> int:
+        """Of a whole batch: prompts, answers and padding."""
+        return len(batch) * self._width(batch)
 
     def _generate(self, batch: Sequence[Prepared]) -> list[Outcome]:
         assert self._tokenizer is not None
@@ -289,5 +308,9 @@ def _length(prepared: Prepared) -> int:
     return len(prepared.token_ids)
 
 
-def _why(prepared: Prepared, message: str) -> str:
-    return f"alone in its batch, a prompt of {_length(prepared)} tokens: {message}"
+def _failure(prepared: Prepared, error_type: str, message: str) -> Failure:
+    return Failure(
+        key=prepared.key,
+        error_type=error_type,
+        error=f"alone in its batch, a prompt of {_length(prepared)} tokens: {message}",
+    )

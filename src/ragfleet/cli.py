@@ -13,7 +13,7 @@ import shutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TextIO
 
 from ragfleet.errors import ConfigError, Interrupted, RagfleetError, RunError
 
@@ -88,11 +88,13 @@ def _infer(arguments: list[str]) -> int:
     from ragfleet.runner import run
 
     interrupt_on_signals()
+    if config.private:
+        os.umask(0o077)  # also what nobody can reach anyway, inside the run's closed folder
     with Console(verbose=config.verbose) as console:
         summary = run(config, console)
     if summary is None:  # a torchrun rank above 0: rank 0 tells
         return 0
-    print(full_text(summary))
+    _print(full_text(summary))
     return summary.exit_code
 
 
@@ -105,7 +107,7 @@ def _plan(arguments: list[str]) -> int:
     from ragfleet.inspection import plan_lines
 
     assert isinstance(config, PlanConfig)
-    print("\n".join(plan_lines(config)))
+    _print("\n".join(plan_lines(config)))
     return 0
 
 
@@ -119,12 +121,14 @@ def _show(arguments: list[str]) -> int:
     config = parse_config(arguments[1:], "ragfleet show ID", plan=True)
     if config is None:
         return 0
-    from ragfleet.monitor.console import printable
     from ragfleet.prompt_view import rendered_prompt
 
     prompt, facts = rendered_prompt(config, identifier)
-    print(printable(facts), file=sys.stderr)
-    print(printable(prompt) if sys.stdout.isatty() else prompt)
+    _print(facts, sys.stderr)
+    if sys.stdout.isatty():
+        _print(prompt)
+    else:
+        print(prompt)  # exactly, for whoever compares it
     return 0
 
 
@@ -133,7 +137,7 @@ def _status(arguments: list[str]) -> int:
 
     options = parse(OutputOptions, arguments, "ragfleet status")
     if options is not None:
-        print("\n".join(status_lines(options)))
+        _print("\n".join(status_lines(options)))
     return 0
 
 
@@ -142,7 +146,7 @@ def _merge(arguments: list[str]) -> int:
 
     options = parse(MergeOptions, arguments, "ragfleet merge")
     if options is not None:
-        print(merge_now(options))
+        _print(merge_now(options))
     return 0
 
 
@@ -151,7 +155,7 @@ def _verify(arguments: list[str]) -> int:
     from ragfleet.verify import verify
 
     found = verify(contexts, results)
-    print("\n".join(found.lines(results)))
+    _print("\n".join(found.lines(results)))
     return 1 if found.num_problems else 0
 
 
@@ -160,8 +164,18 @@ def _failures(arguments: list[str]) -> int:
     from ragfleet.verify import failed_inputs
 
     for line in failed_inputs(results):
-        sys.stdout.buffer.write(line)
+        if sys.stdout.isatty():
+            _print(line.decode("utf-8", "replace").rstrip("\n"))
+        else:
+            sys.stdout.buffer.write(line)
     return 0
+
+
+def _print(text: str, stream: TextIO | None = None) -> None:
+    """For all that may hold a piece of a record, an answer or a user's error."""
+    from ragfleet.plain_text import printable
+
+    print(printable(text), file=stream)
 
 
 def _paths(arguments: list[str], usage: str, count: int) -> list[Path]:
@@ -395,10 +409,8 @@ def _report(error: RagfleetError, arguments: list[str]) -> None:
         text = f"rank {rank}: {text}"
     elif resumable:
         text += f"\nGo on with:\n  {resume_command(arguments)}"
-    from ragfleet.monitor.console import printable
-
     try:
-        print(f"ragfleet: {printable(text)}", file=sys.stderr)
+        _print(f"ragfleet: {text}", sys.stderr)
     except OSError:
         return  # the terminal is gone; the exit code and the log say it
     if os.environ.get("RANK", "0") == "0":

@@ -134,6 +134,8 @@ class RunConfig:
     """Delete the per-worker files after a complete merge."""
     fail_on_errors: bool = False
     """Exit 3 when any row failed."""
+    private: bool = False
+    """Run directory, shards and results are readable by you alone (0700, 0600)."""
     trust_remote_code: bool = False
     """Allow a model folder to bring its own Python code."""
     inference_class: str | None = None

@@ -97,6 +97,11 @@ def resume_line(starts: int, finished: int, to_do: int) -> str:
     return f"Resuming (start {starts + 1}): {finished:,} kept, {to_do:,} to do."
 
 
+def leftovers_line(pids: list[int]) -> str:
+    names = ", ".join(map(str, pids))
+    return f"Ended what an earlier start had left behind when it was killed: process {names}."
+
+
 def _model(preparation: Preparation) -> str:
     config = preparation.config
     if preparation.engine == "echo":

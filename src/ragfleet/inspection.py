@@ -25,7 +25,9 @@ from ragfleet.merge import write_results
 from ragfleet.plan import Plan, static_slices
 from ragfleet.planning import find_finished, index_contexts, selection_of
 from ragfleet.preparation import prepare
+from ragfleet.privacy import is_private
 from ragfleet.run_lock import RunLock
+from ragfleet.shards import partial_path
 
 
 def plan_lines(config: PlanConfig) -> list[str]:
@@ -146,8 +148,10 @@ def merge_now(options: MergeOptions) -> str:
     finished = find_finished(indexed, paths.output_file)
     missing = int(indexed.requests.sum()) - int(finished.mask(indexed).sum())
     if options.partial:
-        target = paths.output_file.with_name(f"{paths.output_file.stem}.partial.jsonl")
-        statistics = write_results(indexed.merge_job(finished.winners), target)
+        target = partial_path(paths.output_file)
+        statistics = write_results(
+            indexed.merge_job(finished.winners), target, private=is_private(paths)
+        )
         sendable = indexed.index.records["kind"] == Kind.SEND
         return (
             f"{statistics.rows:,} of {indexed.num_selected:,} selected lines → {target}"
@@ -159,7 +163,9 @@ def merge_now(options: MergeOptions) -> str:
             " Finish the run, or take --partial."
         )
     with RunLock(paths):
-        statistics = write_results(indexed.merge_job(finished.winners), paths.output_file)
+        statistics = write_results(
+            indexed.merge_job(finished.winners), paths.output_file, private=is_private(paths)
+        )
         run_file.merged = {
             "statistics": msgspec.to_builtins(statistics, str_keys=True),
             "digest": indexed.digest(),

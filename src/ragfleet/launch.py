@@ -73,6 +73,7 @@ class Launch(msgspec.Struct, frozen=True, kw_only=True):
     num_started: int
     """Workers that are started: no more than there are chunks."""
     verbose: bool
+    private: bool = False
     may_steal: bool
     beat_timeout_s: float
     seats: list[SeatSpec]

@@ -73,11 +73,14 @@ def write_results(
     job: MergeJob,
     output_file: Path,
     before_replace: Callable[[MergeStatistics], None] | None = None,
+    *,
+    private: bool = False,
 ) -> MergeStatistics:
     """Write the output whole or not at all: temporary file, fsync, rename, fsync of the folder.
 
     Args:
         before_replace: called with the new statistics before the old output is replaced.
+        private: only the owner may read the output.
 
     Raises:
         InputChanged: a line is not the one that was indexed.
@@ -86,7 +89,13 @@ def write_results(
     temporary = output_file.with_name(f".{output_file.name}.{os.getpid()}.tmp")
     statistics = MergeStatistics()
     try:
-        with open(temporary, "wb", buffering=_BUFFER_BYTES) as file:
+        mode = 0o600 if private else 0o666
+        with open(
+            temporary,
+            "wb",
+            buffering=_BUFFER_BYTES,
+            opener=lambda path, flags: os.open(path, flags, mode),
+        ) as file:
             for row in merged_rows(job, statistics):
                 file.write(row)
             file.flush()

@@ -2,6 +2,7 @@
 
 An flock on `results.run/lock`. Workers inherit the descriptor, so the lock lives until the last of
 them is gone, even when the process that took it was killed: two runs never hold the GPUs at once.
+What a killed start left behind is ended by the next one, which finds its launch id in the file.
 """
 
 from __future__ import annotations
@@ -15,20 +16,30 @@ import time
 from pathlib import Path
 from typing import Final
 
+import msgspec
+
 from ragfleet.errors import OutputError
 from ragfleet.identity import now
 from ragfleet.launch import RunPaths
+from ragfleet.leftovers import Starter, end_tagged, tag
 
 _WAIT_S: Final = 5.0
 """Workers of a killed run end with it; this is more than they take."""
 
 
 class RunLock:
-    """Context manager; `fd` is to be inherited by workers."""
+    """Context manager; `fd` is to be inherited by workers.
 
-    def __init__(self, paths: RunPaths) -> None:
+    Attributes:
+        ended: process ids that an earlier start had left behind, ended by this one.
+    """
+
+    def __init__(self, paths: RunPaths, launch_id: str = "", *, private: bool = False) -> None:
         self._paths = paths
+        self._launch_id = launch_id
+        self._mode = 0o700 if private else 0o777
         self._made: list[Path] = []
+        self.ended: list[int] = []
         self.fd = -1
 
     def __enter__(self) -> RunLock:
@@ -36,7 +47,7 @@ class RunLock:
         try:
             for folder in (directory.parent, directory):
                 if not folder.exists():
-                    folder.mkdir(parents=True)
+                    folder.mkdir(mode=self._mode, parents=True)
                     self._made.append(folder)
             self.fd = os.open(self._paths.lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         except OSError as error:
@@ -49,23 +60,42 @@ class RunLock:
             except BlockingIOError:
                 if time.monotonic() > deadline_s:
                     raise OutputError(self._held_message()) from None
+                self._end_leftovers()
                 time.sleep(0.1)
             except OSError:
                 break  # a file system without locks: shards keep runs apart all the same
+        # Also what no longer holds the lock may still hold a GPU.
+        self._end_leftovers()
+        holder = f"pid {os.getpid()} on {socket.gethostname()}, {_user()}, since {now()}\n"
+        starter = msgspec.json.encode(Starter.this(self._launch_id))
         os.ftruncate(self.fd, 0)
-        os.pwrite(
-            self.fd,
-            f"pid {os.getpid()} on {socket.gethostname()}, {_user()}, since {now()}\n".encode(),
-            0,
-        )
+        os.pwrite(self.fd, holder.encode() + starter + b"\n", 0)
         return self
 
+    def _read(self) -> tuple[str, Starter | None]:
+        """(who holds it, for people; the same for us) as the file says."""
+        first, _, second = os.pread(self.fd, 4000, 0).decode("utf-8", "replace").partition("\n")
+        try:
+            return first.strip(), msgspec.json.decode(second, type=Starter)
+        except msgspec.DecodeError:  # an earlier version's, or just being written
+            return first.strip(), None
+
+    def _end_leftovers(self) -> None:
+        starter = self._read()[1]
+        if starter is not None and starter.launch_id and starter.is_dead():
+            self.ended += end_tagged(tag(starter.launch_id))
+
     def _held_message(self) -> str:
-        holder = os.pread(self.fd, 1000, 0).decode("utf-8", "replace").strip() or "another process"
+        holder, starter = self._read()
         output = self._paths.output_file
+        if starter is not None and starter.is_dead():
+            return (
+                f"{output} is locked by a process that {holder} left behind when it died. Find it"
+                f" with: fuser {self._paths.lock}"
+            )
         return (
-            f"{output} is being written by {holder}. Wait for it, or stop it; to look at it:"
-            f" ragfleet status --output_file {output}"
+            f"{output} is being written by {holder or 'another process'}. Wait for it, or stop it;"
+            f" to look at it: ragfleet status --output_file {output}"
         )
 
     def discard_new(self) -> None:

@@ -35,7 +35,7 @@ from ragfleet.errors import (
 )
 from ragfleet.estimates import Prefill, plan_requests
 from ragfleet.events import Event, OnEvent
-from ragfleet.header import header_lines, resume_line
+from ragfleet.header import header_lines, leftovers_line, resume_line
 from ragfleet.identity import (
     RunFile,
     check_same_run,
@@ -63,8 +63,9 @@ from ragfleet.planning import (
     selection_of,
 )
 from ragfleet.preparation import Preparation, check_paths, prepare
+from ragfleet.privacy import is_private, make_private
 from ragfleet.run_lock import RunLock
-from ragfleet.shards import list_shards
+from ragfleet.shards import list_shards, partial_path
 from ragfleet.summary import Generation, MergeStatistics, RunSummary
 
 _PLAN_WAIT_S: Final = 1800.0
@@ -133,7 +134,11 @@ class _Run:
     def under_lock(self, paths: RunPaths) -> RunSummary:
         # All that an earlier start left is read under the lock: two first starts at once must not
         # both believe that they are the first.
-        with RunLock(paths) as lock:
+        # Once private, always private: a resume need not say it again.
+        self.private = self.config.private or is_private(paths)
+        with RunLock(paths, self.launch_id, private=self.private) as lock:
+            if lock.ended:
+                self.say(Event("note", leftovers_line(lock.ended)))
             try:
                 preparation = prepare(self.config, os.environ, self.rank)
                 indexed = self.read_input(preparation)
@@ -142,7 +147,7 @@ class _Run:
                 lock.discard_new()
                 raise
             if self.config.overwrite:
-                _move_away(preparation.paths)
+                _move_away(preparation.paths, self.private)
             summary = self.already_removed(preparation, indexed)
             if summary is None:
                 run_file = self.begin(preparation, indexed)
@@ -228,6 +233,8 @@ class _Run:
             merged=before.merged if before else None,
             answer_tokens=before.answer_tokens if before else None,
         )
+        if self.private:
+            make_private(preparation.paths)
         write_run_file(preparation.paths, run_file)
         return run_file
 
@@ -318,6 +325,7 @@ class _Run:
             num_workers=preparation.num_workers,
             num_started=num_started,
             verbose=config.verbose,
+            private=self.private,
             may_steal=config.schedule == "dynamic",
             beat_timeout_s=beat_timeout_s(preparation.paths.directory),
             seats=[
@@ -390,7 +398,10 @@ class _Run:
                 )
 
         statistics = write_results(
-            indexed.merge_job(finished.winners), paths.output_file, keep_better
+            indexed.merge_job(finished.winners),
+            paths.output_file,
+            keep_better,
+            private=self.private,
         )
         run_file.merged = {
             "statistics": msgspec.to_builtins(statistics, str_keys=True),
@@ -504,16 +515,17 @@ def _remove_old_launches(paths: RunPaths) -> None:
     paths.launches.mkdir(parents=True, exist_ok=True)
 
 
-def _move_away(paths: RunPaths) -> None:
+def _move_away(paths: RunPaths, private: bool) -> None:
     """--overwrite: everything of the earlier run into one folder, so that one `mv` undoes it."""
     output = paths.output_file
-    old = [output, output.with_name(f"{output.stem}.partial.jsonl"), *list_shards(output)]
+    old = [output, partial_path(output), *list_shards(output)]
     old = [path for path in old if path.exists()]
     inside = [path for path in paths.directory.iterdir() if path != paths.lock]
     if not old and not inside:
         return
     backup = output.with_name(_backup_name(output).stem)
-    (backup / paths.directory.name).mkdir(parents=True)
+    backup.mkdir(mode=0o700 if private else 0o777)
+    (backup / paths.directory.name).mkdir()
     for path in old:
         path.rename(backup / path.name)
     for path in inside:

@@ -64,6 +64,11 @@ def shard_path(output_file: Path, rank: int, copy: int = 0) -> Path:
     return output_file.with_name(f"{output_file.stem}_rank{rank}{suffix}.jsonl")
 
 
+def partial_path(output_file: Path) -> Path:
+    """Where `merge --partial` writes."""
+    return output_file.with_name(f"{output_file.stem}.partial.jsonl")
+
+
 def list_shards(output_file: Path) -> list[Path]:
     """All shards of an output, by rank and age; none where there is no such folder."""
     pattern = re.compile(re.escape(output_file.stem) + r"_rank(\d+)(?:\.(\d+))?\.jsonl")

@@ -21,6 +21,7 @@ from ragfleet.identity import RunFile
 from ragfleet.index import Kind
 from ragfleet.inspection import run_of
 from ragfleet.merge import UNFINISHED, merged_rows
+from ragfleet.plain_text import one_line
 from ragfleet.planning import Indexed, find_finished, index_contexts
 from ragfleet.shards import list_shards
 from ragfleet.summary import MergeStatistics
@@ -58,10 +59,12 @@ class Verification:
     def add(self, problem: str) -> None:
         self.num_problems += 1
         if len(self.problems) < _SHOWN:
-            self.problems.append(problem)
+            self.problems.append(one_line(problem))
 
     def lines(self, results: Path) -> list[str]:
-        kinds = ", ".join(f"{name} {count:,}" for name, count in self.errors.most_common())
+        kinds = ", ".join(
+            f"{one_line(name)} {count:,}" for name, count in self.errors.most_common()
+        )
         failed = f" ({kinds})" if kinds else ""
         lines = [
             f"{results}: {self.rows:,} rows, {self.succeeded:,} succeeded,"

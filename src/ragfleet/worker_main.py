@@ -21,6 +21,7 @@ from typing import Final
 from ragfleet.errors import RagfleetError, RunError, UsageError
 from ragfleet.events import EventPipe
 from ragfleet.launch import LaunchPaths, read_launch
+from ragfleet.plain_text import PlainFormatter
 
 EXIT_FATAL: Final = 70
 """The whole run cannot go on; a `fatal` event said why. All else but 0 is this worker's death."""
@@ -53,9 +54,14 @@ def main(argv: list[str]) -> int:
     try:
         paths = LaunchPaths(Path(launch_dir))
         launch = read_launch(paths)
+        handler = logging.StreamHandler()
+        handler.setFormatter(
+            PlainFormatter(
+                f"%(asctime)s worker {rank}.{incarnation} %(levelname)s %(name)s: %(message)s"
+            )
+        )
         logging.basicConfig(
-            level=logging.DEBUG if launch.verbose else logging.INFO,
-            format=f"%(asctime)s worker {rank}.{incarnation} %(levelname)s %(name)s: %(message)s",
+            level=logging.DEBUG if launch.verbose else logging.INFO, handlers=[handler]
         )
         # Imported here: what a user's class or a library does at import belongs to the fatal
         # report.

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from ragfleet.beats import Beat
 from ragfleet.events import Event
 from ragfleet.monitor import console as module
-from ragfleet.monitor.console import Console, printable
+from ragfleet.monitor.console import Console
+from ragfleet.plain_text import indented, one_line, printable
 
 
 class Terminal(io.StringIO):
@@ -79,6 +80,17 @@ def test_control_characters_become_visible() -> None:
     assert "red" in clean
     assert "esrever" in clean
     assert printable("中文 emoji 👩\u200d🔬 tab\tline\n") == "中文 emoji 👩\u200d🔬 tab\tline\n"
+
+
+def test_names_and_messages_of_others_never_look_like_lines_of_ours() -> None:
+    assert one_line("r1\n\r\u2028FINISHED: 9 of 9\x1b[0m") == "r1 FINISHED: 9 of 9\ufffd[0m"
+    assert indented("broken\nFINISHED\x85x") == "broken\n    FINISHED\n    x"
+    out = io.StringIO()
+    forged = "x\nFINISHED: 9 of 9"
+    with Console(out) as console:
+        console(Event("failure", forged, 0, {"error_type": forged, "id": forged}))
+        console(Event("first", "", 0, {"prompt": forged, "answer": forged, "id": forged}))
+    assert not [line for line in out.getvalue().splitlines() if line.startswith("FINISHED")]
 
 
 @given(st.text(st.characters(codec="utf-8")))

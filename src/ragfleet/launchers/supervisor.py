@@ -35,6 +35,7 @@ from ragfleet.errors import Interrupted, RagfleetError, RunError, StorageError, 
 from ragfleet.events import Event, EventReader, OnEvent
 from ragfleet.journal import read_journal
 from ragfleet.launch import Launch, LaunchPaths, write_atomically
+from ragfleet.leftovers import VARIABLE, end_tagged, tag
 from ragfleet.poison import Suspicion
 
 TICK_S: Final = 0.5
@@ -146,7 +147,7 @@ class Supervisor:
                     self._tick()
             finally:
                 for process in list(self._running.values()):
-                    self._kill(process)
+                    self._end(process)
                     self._forget(process)
                 self._selector.close()
         if self._error is not None:
@@ -209,7 +210,12 @@ class Supervisor:
         with open(self._logs / f"worker_{seat.rank}.log", "ab") as log:
             popen = subprocess.Popen(
                 command + [str(number) for number in numbers],
-                env={**seat.environment, "PYTHONPATH": path},
+                env={
+                    **seat.environment,
+                    "PYTHONPATH": path,
+                    VARIABLE: tag(self._launch.launch_id, f"{seat.rank}.{incarnation}"),
+                },
+                umask=0o077 if self._launch.private else -1,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -244,9 +250,7 @@ class Supervisor:
             flags = os.WEXITED | os.WNOWAIT | os.WNOHANG
             if os.waitid(os.P_PID, process.popen.pid, flags) is None:
                 continue
-            # Not reaped yet, so its number still names its group: grandchildren end here.
-            _kill_group(process.popen.pid)
-            code = process.popen.wait()
+            code = self._end(process)
             while process.events.fd in self._selector.get_map():
                 self._read_events(process)
             self._forget(process)
@@ -306,9 +310,12 @@ class Supervisor:
                 os.close(fd)
         self._running.pop(process.seat.rank, None)
 
-    def _kill(self, process: _Process) -> None:
-        _kill_group(process.popen.pid)
-        process.popen.wait()
+    def _end(self, process: _Process) -> int:
+        """End a worker, its group and whoever left the group; the worker's exit code."""
+        _kill_group(process.popen.pid)  # not reaped yet, so its number still names its group
+        code = process.popen.wait()
+        end_tagged(tag(self._launch.launch_id, process.owner))
+        return code
 
     def _end_if_blocked(self, process: _Process, now_s: float) -> None:
         """End a request that blocks its engine, with the worker; it fails when claimed again."""

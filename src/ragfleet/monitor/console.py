@@ -6,7 +6,6 @@ stripped of control characters, and a terminal that is gone never stops a run.
 
 from __future__ import annotations
 
-import re
 import sys
 import time
 from collections.abc import Mapping
@@ -14,17 +13,12 @@ from typing import TYPE_CHECKING, Any, Final, TextIO
 
 from ragfleet.beats import Beat
 from ragfleet.events import Event
+from ragfleet.plain_text import indented, one_line, printable
 
 if TYPE_CHECKING:
     from rich.live import Live
 
-_CONTROL: Final = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 _RATE_WINDOW_S: Final = 60.0
-
-
-def printable(text: str) -> str:
-    """Without what could move a cursor, change a colour or reverse the reading order."""
-    return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
 class Console:
@@ -55,10 +49,11 @@ class Console:
                 self._first(event.data)
             self._first_shown = True
         elif event.kind == "failure":
-            where = event.data.get("id") or f"line {event.data.get('line_no')}"
+            where = one_line(str(event.data.get("id") or f"line {event.data.get('line_no')}"))
+            kind = one_line(str(event.data.get("error_type")))
             self.line(
-                f"First failure of kind {event.data.get('error_type')}: {where}:"
-                f" {event.message}. More of this kind are only counted."
+                f"First failure of kind {kind}: {where}: {indented(event.message)}. More of this"
+                " kind are only counted."
             )
         elif event.kind == "ready":
             self.line(f"worker {event.rank} ready: {event.message}")
@@ -94,7 +89,9 @@ class Console:
         made = f"{data.get('finish_reason')}, {data.get('seconds', 0.0):.2f}s"
         if data.get("completion_tokens") is not None:
             made = f"{data['completion_tokens']} tokens, {made}"
-        self.line(f"First prompt ends ({data.get('id')}{tokens}): …{_short(prompt[-160:])}")
+        self.line(
+            f"First prompt ends ({one_line(str(data.get('id')))}{tokens}): …{_short(prompt[-160:])}"
+        )
         self.line(f"First answer ({made}): {_short(answer)}")
 
     # ---- progress

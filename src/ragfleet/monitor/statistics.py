@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ragfleet.plain_text import one_line
 from ragfleet.summary import RunSummary, WorkerStatistics
 
 _RULE = "=" * 60
@@ -123,4 +124,4 @@ def full_text(summary: RunSummary) -> str:
 
 def _kinds(errors: dict[str, int]) -> str:
     ordered = sorted(errors.items(), key=lambda item: (-item[1], item[0]))
-    return ", ".join(f"{name} {count:,}" for name, count in ordered)
+    return ", ".join(f"{one_line(name)} {count:,}" for name, count in ordered)

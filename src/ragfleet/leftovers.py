@@ -1,0 +1,121 @@
+"""Processes that outlive the worker or the start they belong to, found and ended.
+
+A worker's group is killed with it; but a child can leave the group, and when the supervisor itself
+is killed nobody kills groups. So workers carry the launch and their name in one environment
+variable, which whatever they fork or start inherits: what carries the name of something dead is
+left over. The kernel shows the environment a process was started with, so it can't be borrowed.
+Where there is no /proc nothing is found.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+import msgspec
+
+VARIABLE: Final = "RAGFLEET_WORKER"
+_ROUNDS: Final = 20
+"""A process may fork while it is being ended."""
+_DEATH_S: Final = 5.0
+
+
+def tag(launch_id: str, owner: str = "") -> str:
+    """Value of the variable; a tag without an owner is a prefix of those of all its workers."""
+    return f"{launch_id}/{owner}" + ("/" if owner else "")
+
+
+def end_tagged(prefix: str) -> list[int]:
+    """Kill every process of this user whose tag begins so; returns their process ids.
+
+    A handle is taken before the environment is read, so that a number used again hits nobody else.
+    """
+    ended: list[int] = []
+    wanted = f"{VARIABLE}={prefix}".encode()
+    for _ in range(_ROUNDS):
+        found = list(_tagged(wanted))
+        if not found:
+            break
+        for pid, pidfd in found:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+            ended.append(pid)
+        _wait([pidfd for _, pidfd in found])
+    return sorted(set(ended))
+
+
+def _tagged(wanted: bytes) -> Iterator[tuple[int, int]]:
+    """(pid, handle) of each process with such a variable; but for this process."""
+    if not hasattr(os, "pidfd_open"):
+        return
+    for name in os.listdir("/proc"):
+        if not name.isdecimal() or int(name) == os.getpid():
+            continue
+        try:
+            pidfd = os.pidfd_open(int(name))
+        except OSError:
+            continue
+        environment = b""
+        with contextlib.suppress(OSError):  # another user's, or gone
+            environment = Path("/proc", name, "environ").read_bytes()
+        if any(part.startswith(wanted) for part in environment.split(b"\0")):
+            yield int(name), pidfd
+        else:
+            os.close(pidfd)
+
+
+def _wait(pidfds: list[int]) -> None:
+    """Until these processes have ended, or it takes too long (one may hang in a driver)."""
+    deadline_s = time.monotonic() + _DEATH_S
+    for pidfd in pidfds:
+        select.select([pidfd], [], [], max(0.0, deadline_s - time.monotonic()))
+        os.close(pidfd)
+
+
+class Starter(msgspec.Struct, frozen=True):
+    """The process that holds a run's lock, so that another one can tell whether it lives."""
+
+    pid: int
+    started: str
+    """Start time of the process, in clock ticks since boot: process ids are used again."""
+    place: str
+    """Boot and namespace in which `pid` means anything."""
+    launch_id: str = ""
+
+    @classmethod
+    def this(cls, launch_id: str) -> Starter:
+        return cls(os.getpid(), _started(os.getpid()) or "", _place(), launch_id)
+
+    def is_dead(self) -> bool:
+        """Whether it certainly is: False for one on another machine or in another container."""
+        if not self.started or self.place != _place():
+            return False
+        with contextlib.suppress(ProcessLookupError):
+            try:
+                os.kill(self.pid, 0)
+            except PermissionError:
+                return False  # another user's, whose start time /proc may hide
+        return _started(self.pid) != self.started
+
+
+def _started(pid: int) -> str | None:
+    """None for a process that is gone, or has ended and waits to be reaped."""
+    try:
+        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if state in "ZX" else fields[18]
+
+
+def _place() -> str:
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return ""

@@ -1,0 +1,169 @@
+"""What a killed start leaves behind is ended by the next one; what lives is left alone."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from ragfleet.errors import OutputError
+from ragfleet.launch import RunPaths
+from ragfleet.leftovers import VARIABLE, Starter, end_tagged, tag
+from ragfleet.run_lock import RunLock
+
+
+@pytest.fixture
+def sleeper() -> Iterator[psutil.Popen]:
+    """A process as a worker of launch `one` would leave it."""
+    process = psutil.Popen(
+        ["sleep", "60"], env={VARIABLE: tag("one", "0.1")}, start_new_session=True
+    )
+    yield process
+    with contextlib.suppress(psutil.NoSuchProcess):
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.parametrize("other", [tag("on"), tag("one", "0.10"), tag("one", "0"), tag("two")])
+def test_only_the_tag_that_is_meant(sleeper: psutil.Popen, other: str) -> None:
+    assert end_tagged(other) == []
+    assert sleeper.is_running()
+
+
+@pytest.mark.parametrize("whole", [tag("one"), tag("one", "0.1")])
+def test_what_is_tagged_is_ended(sleeper: psutil.Popen, whole: str) -> None:
+    assert end_tagged(whole) == [sleeper.pid]
+    assert sleeper.wait(timeout=5) == -signal.SIGKILL
+
+
+FAMILY = """
+import os, subprocess, sys, time
+for number in range(int(sys.argv[1])):
+    if os.fork() == 0:
+        os.setsid()
+        time.sleep(60)
+time.sleep(60)
+"""
+
+
+def test_a_family_that_left_its_group_is_ended_whole() -> None:
+    environment = {**os.environ, VARIABLE: tag("family", "0.0")}
+    parent = subprocess.Popen([sys.executable, "-c", FAMILY, "5"], env=environment)
+    try:
+        while len(psutil.Process(parent.pid).children()) < 5:
+            time.sleep(0.01)  # forks give no sign
+        children = [child.pid for child in psutil.Process(parent.pid).children()]
+        assert end_tagged(tag("family")) == sorted([parent.pid, *children])
+        for child in children:
+            assert not psutil.pid_exists(child) or (
+                psutil.Process(child).status() == psutil.STATUS_ZOMBIE
+            )
+    finally:
+        parent.kill()
+        parent.wait()
+
+
+# ---- the lock
+
+HOLDER = """
+import os, sys, time
+from pathlib import Path
+from ragfleet.launch import RunPaths
+from ragfleet.run_lock import RunLock
+
+with RunLock(RunPaths(Path(sys.argv[1])), "the-launch") as lock:
+    os.environ["RAGFLEET_WORKER"] = sys.argv[2]
+    os.set_inheritable(lock.fd, True)
+    if os.fork() == 0:
+        os.execvp("sleep", ["sleep", "60"])
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def hold(output: Path, variable: str) -> tuple[subprocess.Popen[bytes], int]:
+    """A process that holds the lock, and one it started, which inherited it."""
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(output), variable], stdout=subprocess.PIPE
+    )
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == b"held\n"
+    holder.stdout.close()
+    (child,) = psutil.Process(holder.pid).children()
+    return holder, child.pid
+
+
+def end(holder: subprocess.Popen[bytes], child: int) -> None:
+    holder.kill()
+    holder.wait()
+    if psutil.pid_exists(child):
+        os.kill(child, signal.SIGKILL)
+
+
+def test_the_orphan_of_a_killed_start_does_not_refuse_the_next(tmp_path: Path) -> None:
+    output = tmp_path / "out.jsonl"
+    holder, child = hold(output, tag("the-launch", "0.0"))
+    try:
+        holder.kill()
+        holder.wait()
+        with RunLock(RunPaths(output), "next") as lock:
+            assert lock.ended == [child]
+        with RunLock(RunPaths(output), "after that") as lock:
+            assert lock.ended == []
+    finally:
+        end(holder, child)
+
+
+def test_a_start_that_lives_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ragfleet.run_lock._WAIT_S", 0.3)
+    output = tmp_path / "out.jsonl"
+    holder, child = hold(output, tag("the-launch", "0.0"))
+    try:
+        with pytest.raises(OutputError, match=f"being written by pid {holder.pid} on"):
+            RunLock(RunPaths(output), "next").__enter__()
+        assert psutil.Process(child).is_running()
+    finally:
+        end(holder, child)
+
+
+def test_an_orphan_that_is_not_ours_is_named_and_spared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It holds the lock, but nothing proves that it belongs to the start that died."""
+    monkeypatch.setattr("ragfleet.run_lock._WAIT_S", 0.3)
+    output = tmp_path / "out.jsonl"
+    holder, child = hold(output, "another/0.0/")
+    try:
+        holder.kill()
+        holder.wait()
+        with pytest.raises(OutputError, match=r"left behind when it died.*fuser"):
+            RunLock(RunPaths(output), "next").__enter__()
+        assert psutil.Process(child).is_running()
+    finally:
+        end(holder, child)
+
+
+def test_only_what_is_certainly_dead_is_dead() -> None:
+    me = Starter.this("x")
+    assert not me.is_dead()
+    assert Starter(me.pid, "1", me.place).is_dead(), "the number was used again"
+    assert not Starter(me.pid, "1", "another machine").is_dead()
+    assert not Starter(me.pid, "", me.place).is_dead(), "where there is no /proc"
+    assert not Starter(1, "1", "").is_dead()
+
+
+def test_the_file_of_an_earlier_version_is_understood(tmp_path: Path) -> None:
+    paths = RunPaths(tmp_path / "out.jsonl")
+    paths.directory.mkdir()
+    paths.lock.write_text("pid 1 on there, somebody, since then\n")
+    with RunLock(paths, "next") as lock:
+        assert lock.ended == []
+    assert "pid" in paths.lock.read_text()

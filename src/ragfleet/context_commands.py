@@ -16,7 +16,8 @@ from ragfleet.cli import (
     toml_arguments,
 )
 from ragfleet.errors import ConfigError
-from ragfleet.monitor.console import Console, printable
+from ragfleet.monitor.console import Console
+from ragfleet.plain_text import printable
 
 _CORPUS_HELP: Final = """\
 usage: ragfleet corpus build PACKAGE==VERSION … [OPTIONS]
@@ -122,7 +123,7 @@ def pipeline(arguments: list[str]) -> int:
         summary = run_pipeline(options, config, console.line, console)
     if summary is None:
         return 0
-    print(full_text(summary.inference))
+    print(printable(full_text(summary.inference)))
     return summary.inference.exit_code
 
 

@@ -78,6 +78,7 @@ DEFAULTS = {
     "overwrite": False,
     "remove_shards": False,
     "fail_on_errors": False,
+    "private": False,
     "trust_remote_code": False,
     "inference_class": None,
     "hf_mode": "local",

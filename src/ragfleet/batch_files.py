@@ -153,7 +153,7 @@ def import_replies(output_file: Path, replies: Path) -> list[str]:
         with open(run_file.selection.contexts_file, "rb") as contexts:
             for line in lines_of(replies):
                 read = read_line(line)
-                number = place.pop(read[0], None) if read is not None else None
+                number = place.get(read[0]) if read is not None else None
                 if read is None or number is None:
                     unknown += not line.isspace()
                     continue
@@ -161,6 +161,7 @@ def import_replies(output_file: Path, replies: Path) -> list[str]:
                 if isinstance(verdict, Fault) and verdict.remedy != "fail":
                     passing += 1
                     continue
+                del place[key]
                 failures += isinstance(verdict, Fault)
                 taken += 1
                 contexts.seek(int(records["offset"][number]))

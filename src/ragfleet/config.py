@@ -285,6 +285,10 @@ class RunConfig:
                 "--base_url holds a user, a password or a query; keys belong into the environment"
                 " or --api_key_file.",
             )
+            require(
+                not url.path.rstrip("/").endswith(("/completions", "/batches")),
+                f"--base_url is {self.base_url}; leave out what follows /v1.",
+            )
         require(
             self.max_cost is None or self.price_in is not None or self.price_out is not None,
             "--max_cost needs --price_in and --price_out.",

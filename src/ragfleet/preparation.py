@@ -24,7 +24,7 @@ from ragfleet.launch import RunPaths
 from ragfleet.launchers.torchrun import TorchrunRank
 from ragfleet.model_files import chat_template, check_weights, read_json
 from ragfleet.prompts import DEFAULT_SYSTEM_PROMPT, check_template, template_fields
-from ragfleet.remote.secret import read_key
+from ragfleet.remote.secret import key_notes, read_key
 from ragfleet.remote.spec import DEFAULT_CONCURRENCY, PROVIDERS, ProviderName, RemoteSpec
 from ragfleet.seating import Seating, seat
 from ragfleet.shards import is_own_name
@@ -92,8 +92,9 @@ def prepare(
         fields = None
     model_dir = find_model(config)
     remote = remote_spec(config, environ)
-    if remote is not None and needs_key:
-        read_key(remote, environ)  # for its errors alone: workers read it themselves
+    # Read for its errors alone: workers read it themselves.
+    if remote is not None and needs_key and read_key(remote, environ) is not None:
+        notes += key_notes(remote)
     engine: EngineKind = "transformers"
     if remote is not None:
         engine = "openai_compatible"
@@ -171,7 +172,8 @@ def remote_spec(config: RunConfig, environ: Mapping[str, str]) -> RemoteSpec | N
     """The remote API of a run; None where none is asked."""
     if not config.is_remote:
         return None
-    name: ProviderName = "openai" if config.inference_type == "local" else config.inference_type
+    assert config.inference_type != "local"
+    name: ProviderName = config.inference_type
     provider = PROVIDERS[name]
     url = config.base_url or environ.get(provider.base_url_env or "") or provider.base_url
     model = config.api_model

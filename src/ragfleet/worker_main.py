@@ -9,6 +9,7 @@ Started by `launchers.supervisor`, in a process group of its own, with its GPUs 
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import faulthandler
 import logging
 import os
@@ -68,11 +69,13 @@ def main(argv: list[str]) -> int:
         from ragfleet.engines.make import make_engine
         from ragfleet.worker import Worker
 
-        engine = make_engine(
-            launch.engine_spec(num_gpus, num_threads, rank, paths.directory),
-            launch.engine,
-            launch.inference_class,
-        )
+        def say(text: str) -> None:
+            logging.getLogger(__name__).warning("%s", text)
+            events.send("note", text)
+
+        spec = launch.engine_spec(num_gpus, num_threads, rank, paths.directory)
+        spec = dataclasses.replace(spec, say=say)
+        engine = make_engine(spec, launch.engine, launch.inference_class)
         worker = Worker(paths, launch, rank, incarnation, engine, events)
 
         def drain(signum: int, frame: FrameType | None) -> None:

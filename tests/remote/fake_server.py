@@ -47,6 +47,10 @@ class Settings:
     """Refuse `max_tokens`, as newer models of OpenAI do."""
     max_context: int = 10_000_000
     is_down: bool = False
+    tells_when: bool = True
+    """Send Retry-After with the refusals of the limit."""
+    retry_after_s: float = 0.2
+    """Of the fault 429+."""
 
 
 @dataclass
@@ -181,7 +185,7 @@ class FakeServer:
             return Reply(
                 429,
                 _error("limit", "rate_limit_exceeded"),
-                {"retry-after": f"{wait_s:.3f}", "x-limited": "1"},
+                {"retry-after": f"{wait_s:.3f}"} if settings.tells_when else {},
             )
         window.append((now_s, tokens))
         return None
@@ -207,7 +211,8 @@ class FakeServer:
 
     def fault(self, name: str, key: str) -> Reply:
         if name in ("429", "429+"):
-            after = {"retry-after": "0.2"} if name == "429+" else {}
+            after_s = f"{self.settings.retry_after_s:g}"
+            after = {"retry-after": after_s} if name == "429+" else {}
             return Reply(429, _error(f"slow down, {key}", "rate_limit_exceeded"), after)
         if name in ("500", "503"):
             return Reply(int(name), _error(f"something broke for {key}"))

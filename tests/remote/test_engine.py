@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 
 import pytest
 from driving import ask, drive
@@ -132,3 +133,111 @@ def test_totals_are_not_passed(serve: Serve, connect: Ask) -> None:
         drive(engine, [ask(number) for number in range(50)])
     used = sum(len(prompt_of(body)) // 4 + 2 for body in server.bodies)
     assert 100 < used <= 200
+
+
+def test_what_is_paid_for_still_comes_after_a_refusal(serve: Serve, connect: Ask) -> None:
+    """The key is withdrawn while answers are on their way."""
+    server = serve(key=KEY, latency_s=0.3)
+    engine = connect(server, max_concurrency=8)
+    outcomes = []
+    for number in range(8):
+        prepared = engine.prepare(ask(number))
+        assert not isinstance(prepared, Failure)
+        engine.submit(prepared)
+    while len(server.arrivals) < 4:
+        outcomes += engine.step(0.02)
+    server.settings.key = "another"
+    error = None
+    while error is None:
+        try:
+            outcomes += engine.step(1.0)
+        except RemoteError as raised:
+            error = raised
+    assert "OPENAI_API_KEY" in str(error)
+    answered = sum(arrival.status == 200 for arrival in server.arrivals)
+    assert len(outcomes) == answered >= 4
+
+
+def test_a_wait_longer_than_allowed_ends_the_run(serve: Serve, connect: Ask) -> None:
+    server = serve(faults={"429+": 1.0}, retry_after_s=86_400)
+    with pytest.raises(RemoteError, match="come back in 86,400 s"):
+        drive(connect(server), [ask(number) for number in range(9)])
+
+
+def test_a_low_limit_that_nobody_tells_is_found(serve: Serve, connect: Ask) -> None:
+    """No header, no Retry-After: refusals alone say how slow to be, and none becomes a row."""
+    server = serve(requests=6, window_s=1.0, tells_when=False)
+    outcomes = drive(connect(server), [ask(number) for number in range(14)])
+    assert all(isinstance(outcome, Completion) for outcome in outcomes.values())
+
+
+def test_a_bug_in_a_request_is_raised_and_not_waited_for(
+    serve: Serve, connect: Ask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*args: object) -> None:
+        raise ZeroDivisionError
+
+    engine = connect(serve())
+    monkeypatch.setattr(engine, "_completion", broken)
+    with pytest.raises(ZeroDivisionError):
+        drive(engine, [ask(1)])
+
+
+def test_the_person_who_waits_is_told_once(
+    serve: Serve, connect: Ask, caplog: pytest.LogCaptureFixture
+) -> None:
+    server = serve(is_down=True)
+    engine = connect(server, max_concurrency=20)
+    for number in range(20):
+        prepared = engine.prepare(ask(number))
+        assert not isinstance(prepared, Failure)
+        engine.submit(prepared)
+    while "does not answer (HTTP 503: down)" not in caplog.text:
+        engine.step(0.1)
+    server.settings.is_down = False
+    while "answers again" not in caplog.text:
+        engine.step(0.1)
+    assert caplog.text.count("does not answer") == 1
+
+
+def test_answers_in_other_scripts_come_as_they_are(
+    serve: Serve, connect: Ask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = "回答 👍 \u202e ñ"
+    monkeypatch.setattr("fake_server.answer_to", lambda prompt: text)
+    outcome = drive(connect(serve()), [ask(1, "为什么？")])[ask(1).key]
+    assert isinstance(outcome, Completion)
+    assert outcome.text == text
+
+
+def test_an_address_where_nobody_listens(connect: Ask) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+
+    class Nobody:
+        base_url = f"http://127.0.0.1:{port}/v1"
+
+    outcome = drive(connect(Nobody(), max_retries=0), [ask(1)])[ask(1).key]
+    assert isinstance(outcome, Failure)
+    assert (outcome.error_type, outcome.error) == (
+        "connection",
+        "the connection failed: Connection refused",
+    )
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # how the SDK tells aiohttp of it
+@pytest.mark.parametrize("variable", ["HTTP_PROXY", "ALL_PROXY"])
+def test_a_proxy_of_the_environment_is_used_and_its_password_not_shown(
+    serve: Serve, connect: Ask, monkeypatch: pytest.MonkeyPatch, variable: str
+) -> None:
+    monkeypatch.setenv(variable, "http://user:secret-word@127.0.0.1:9")
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    monkeypatch.delenv("no_proxy", raising=False)
+    server = serve()
+    outcome = drive(connect(server, max_retries=0), [ask(1)])[ask(1).key]
+    assert isinstance(outcome, Failure)
+    assert outcome.error_type == "connection"
+    assert "secret-word" not in outcome.error
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    assert isinstance(drive(connect(server), [ask(2)])[ask(2).key], Completion)

@@ -5,14 +5,16 @@ from __future__ import annotations
 import heapq
 import random
 from collections import deque
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ragfleet.errors import RemoteError
 from ragfleet.remote.headers import duration_s, read_rates, retry_after_s
 from ragfleet.remote.ledger import Budget, Report, exchange, new_ledger
-from ragfleet.remote.ledger_file import LedgerFile
+from ragfleet.remote.ledger_file import LedgerFile, write_ledger
 from ragfleet.remote.pacing import CREDIT, JITTER, Concurrency, backoff_s
 
 CREDIT_S = CREDIT * JITTER * 60
@@ -104,7 +106,7 @@ def test_moments_missed_are_gone() -> None:
 
 def test_concurrency_grows_slowly_and_halves() -> None:
     flow = Concurrency(64)
-    for _ in range(4 + 8 + 16 + 32):
+    for _ in range(8 + 8 + 16 + 32):
         flow.count(refused=False)
     assert flow.limit == 64
     for _ in range(64):
@@ -148,7 +150,7 @@ def test_an_outage_ends_the_run() -> None:
 @pytest.mark.parametrize(("ever_up", "stop"), [(0, "outage"), (1, "")])
 def test_a_server_that_never_answered_is_not_waited_for_long(ever_up: int, stop: str) -> None:
     ledger = new_ledger(Budget())
-    exchange(ledger, Budget(), Report(rank=0, now_s=0.5, good=ever_up))
+    exchange(ledger, Budget(), Report(rank=0, now_s=0.5, good=ever_up, reached=bool(ever_up)))
     exchange(ledger, Budget(), Report(rank=0, now_s=1.0, down=20))
     assert exchange(ledger, Budget(), Report(rank=0, now_s=400.0, down=1)).stop == stop
 
@@ -215,7 +217,9 @@ def test_headers_of_several_providers() -> None:
     assert retry_after_s({"retry-after": "whenever"}) is None
 
 
-def test_without_locks_each_worker_has_its_share(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:  # type: ignore[no-untyped-def]
+def test_without_locks_each_worker_has_its_share(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     def refuse(fd: int, how: int) -> None:
         raise OSError("no locks here")
 
@@ -225,3 +229,81 @@ def test_without_locks_each_worker_has_its_share(monkeypatch: pytest.MonkeyPatch
     assert not account.is_shared
     assert lease.requests.step_s == pytest.approx(1.02 * 60 / 150)
     account.close()
+
+
+def test_without_locks_a_share_of_what_was_spent_counts_and_outlives_the_process(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def refuse(fd: int, how: int) -> None:
+        raise OSError("no locks here")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    budget = Budget(max_tokens_total=4000)
+    write_ledger(tmp_path / "rates.json", budget, (1600.0, 0.0))
+    wish = [(100.0, 0.0)] * 64
+    granted = 0.0
+    for _ in range(2):  # the second is a restarted worker; what the first held counts as spent
+        account = LedgerFile(tmp_path / "rates.json", budget, 4, rank=1)
+        first = Report(rank=1, now_s=1.0, waiting=wish, is_first=True)
+        granted += account.exchange(first).requests.amount
+        account.close()
+    assert granted == (4000 - 1600) / 4 / 100
+
+
+def test_a_damaged_account_is_noticed_where_money_depends_on_it(tmp_path: Path) -> None:
+    path = tmp_path / "rates.json"
+    path.write_bytes(b"00000100{")
+    wish = Report(rank=0, now_s=1.0, waiting=[(1.0, 1.0)])
+    assert LedgerFile(path, Budget(), 1).exchange(wish).requests.amount >= 1
+    path.write_bytes(b"")
+    with pytest.raises(RemoteError, match="damaged"):
+        LedgerFile(path, Budget(max_tokens_total=9), 1).exchange(wish)
+
+
+def test_an_account_of_many_workers_that_grew_and_shrank_stays_readable(tmp_path: Path) -> None:
+    path = tmp_path / "rates.json"
+    budget = Budget(max_tokens_total=10**9)
+    write_ledger(path, budget, (7.0, 0.0))
+    account = LedgerFile(path, budget, 200)
+    for rank in range(200):
+        account.exchange(Report(rank=rank, now_s=1.0, reserved=(123.456, 789.0123)))
+    for rank in range(200):
+        account.exchange(Report(rank=rank, now_s=2.0))
+    assert account._read().spent == (7.0, 0.0)
+
+
+def test_what_a_lost_worker_had_on_its_way_counts_as_spent() -> None:
+    budget = Budget(max_tokens_total=1000, longest_s=60)
+    ledger = new_ledger(budget)
+    exchange(ledger, budget, Report(rank=0, now_s=0.0, waiting=[(300.0, 300.0)]))
+    stop = exchange(ledger, budget, Report(rank=1, now_s=1.0, waiting=[(300.0, 300.0)]))
+    assert (stop.stop, stop.requests.amount) == ("", 0.0)  # it may give some of it back
+    stop = exchange(ledger, budget, Report(rank=1, now_s=99.0, waiting=[(300.0, 300.0)]))
+    assert stop.stop == "spent"
+
+
+def test_a_limit_that_the_server_raises_again_is_raised_here() -> None:
+    given = Budget(requests_per_minute=100)
+    for budget, expected in ((given, [60, 100]), (Budget(), [60, 300])):
+        ledger = new_ledger(budget)
+        for said, rate in zip((60.0, 300.0), expected, strict=True):
+            exchange(ledger, budget, Report(rank=0, now_s=1.0, requests_per_minute=said))
+            assert ledger.requests.per_minute == rate
+
+
+def test_retry_after_holds_for_a_dead_and_for_a_full_server() -> None:
+    work = [(1.0, 1.0)]
+    for seen in ({"down": 16}, {"full": 1}):
+        ledger = new_ledger(Budget())
+        report = Report(rank=0, now_s=1.0, after_s=40.0, waiting=work, **seen)
+        assert exchange(ledger, Budget(), report).pause_until_s == 41.0
+        assert (
+            exchange(ledger, Budget(), Report(rank=1, now_s=40.0, waiting=work)).requests.amount
+            == 0
+        )
+
+
+def test_one_request_a_minute() -> None:
+    arrived = arrivals_of(Budget(requests_per_minute=1), 4, 600, [1], 0)
+    assert most_in_a_minute(arrived, by_tokens=False) == 1
+    assert len(arrived) >= 9

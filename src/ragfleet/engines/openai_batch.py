@@ -29,13 +29,13 @@ from ragfleet.engines.protocol import (
     RequestKey,
 )
 from ragfleet.errors import ConfigError, RemoteError
-from ragfleet.remote.asking import RemotePrepared, common_body, prepare, stop_error
+from ragfleet.remote.asking import LengthField, RemotePrepared, common_body, prepare, stop_error
 from ragfleet.remote.batch_api import BatchApi, CallFailed
 from ragfleet.remote.batch_journal import DONE, Journal, Part
 from ragfleet.remote.batch_lines import key_of_request, lines_of, read_line, request_line
 from ragfleet.remote.client import ApiClient
 from ragfleet.remote.pacing import backoff_s
-from ragfleet.remote.replies import Answer
+from ragfleet.remote.replies import Answer, Fault, broken
 from ragfleet.remote.secret import read_key
 
 _CALL_TIMEOUT_S: Final = 1800.0
@@ -63,6 +63,9 @@ class OpenAIBatchEngine:
         self._open: dict[RequestKey, bytes] = {}
         """The next part."""
         self._open_bytes = 0
+        self._most_requests = self._remote.batch_requests
+        """Of a part; less where the provider takes no more tokens at a time."""
+        self._length_field: LengthField = "max_tokens"
         self._outcomes: list[Outcome] = []
         self._look_again_s = 0.0
         self._trouble_since_s: float | None = None
@@ -76,10 +79,11 @@ class OpenAIBatchEngine:
         self._client = ApiClient(remote, read_key(remote, os.environ), _CALL_TIMEOUT_S)
         self._api = BatchApi(remote, self._client)
         self._journal = Journal(self._directory)
-        self._body = common_body(remote, self._spec.prompts, self._spec.sampling)
         for part in self._journal.parts.values():
             if part.state == DONE:
-                self._index(part)
+                faults = self._index(part).values()
+                if any(fault.remedy == "adapt" for fault in faults):
+                    self._length_field = "max_completion_tokens"
             else:
                 for line in lines_of(self._journal.requests(part)):
                     self._part_of[key_of_request(line)] = part.name
@@ -94,15 +98,26 @@ class OpenAIBatchEngine:
         )
 
     def prepare(self, request: Request) -> Prepared | Failure:
-        return prepare(request, self._spec.prompts, self._remote)
+        prepared = prepare(request, self._spec.prompts, self._remote)
+        if isinstance(prepared, Failure):
+            return prepared
+        num_bytes = len(self._line(prepared))
+        if num_bytes > self._remote.batch_bytes:
+            return Failure(
+                key=request.key,
+                error_type="too_long",
+                error=f"the request has {num_bytes:,} bytes, more than a batch file may have"
+                f" ({self._remote.batch_bytes:,})",
+            )
+        return msgspec.structs.replace(prepared, num_bytes=num_bytes)
 
     def has_room(self, prepared: Prepared) -> bool:
         if prepared.key in self._found or prepared.key in self._part_of:
             return True
         assert isinstance(prepared, RemotePrepared)
         return (
-            len(self._open) < self._remote.batch_requests
-            and self._open_bytes + 2 * prepared.num_bytes < self._remote.batch_bytes
+            len(self._open) < self._most_requests
+            and self._open_bytes + prepared.num_bytes <= self._remote.batch_bytes
             and len(self._under_way()) < _MOST_PARTS
         )
 
@@ -119,11 +134,8 @@ class OpenAIBatchEngine:
         if self._outcomes:
             outcomes, self._outcomes = self._outcomes, []
             return outcomes
-        if self._open:  # the worker has no more, or there is no more room
-            part = self._journal.build(self._open.values())
-            self._part_of |= dict.fromkeys(self._open, part.name)
-            self._open, self._open_bytes = {}, 0
-            self._look_again_s = 0.0
+        while self._open:  # the worker has no more, or there is no more room
+            self._build()
         now_s = time.monotonic()
         if self._look_again_s > now_s:
             self._run(asyncio.sleep(min(timeout_s, self._look_again_s - now_s)))
@@ -151,6 +163,22 @@ class OpenAIBatchEngine:
             self._journal.close()
 
     # ---- parts
+
+    def _build(self) -> None:
+        """A part of what is open, within the limits of a file."""
+        chosen: list[RequestKey] = []
+        num_bytes = 0
+        for key, line in self._open.items():
+            num_bytes += len(line)
+            is_full = len(chosen) >= self._most_requests or num_bytes > self._remote.batch_bytes
+            if chosen and is_full:
+                break
+            chosen.append(key)
+        lines = [self._open.pop(key) for key in chosen]
+        self._open_bytes -= sum(map(len, lines))
+        part = self._journal.build(lines, self._length_field)
+        self._part_of |= dict.fromkeys(chosen, part.name)
+        self._look_again_s = 0.0
 
     def _under_way(self) -> list[Part]:
         return [part for part in self._journal.parts.values() if part.state != DONE]
@@ -209,15 +237,24 @@ class OpenAIBatchEngine:
         self._journal.write(msgspec.structs.replace(part))
 
     def _refused(self, part: Part, code: str, message: str) -> None:
-        """The provider did not take the file."""
-        if code == "token_limit_exceeded":  # of what may be queued; it goes when others are done
-            part.batch_id = ""
+        """The provider did not take the file: nothing of it was done or is charged."""
+        if code == "token_limit_exceeded" and len(self._under_way()) > 1:
+            part.batch_id = ""  # of what may be queued: it goes when others are done
             self._note(part, "uploaded")
+            return
+        mine = [key for key, name in self._part_of.items() if name == part.name]
+        self._note(part, DONE)  # so that the next start, too, sends its requests in another part
+        if code == "token_limit_exceeded" and len(mine) > 1:
+            self._most_requests = max(1, len(mine) // 2)
+            for key in mine:
+                del self._part_of[key]
+                if key in self._asked:
+                    self._put(self._asked[key])
             return
         raise RemoteError(
             f"{self._remote.base_url} refused the batch {part.batch_id}:"
             f" {self._client.redact(message)[:400]} ({code or 'no code'}). Its file is"
-            f" {self._journal.requests(part)}."
+            f" {self._journal.requests(part)}; the same command again submits its requests anew."
         )
 
     def _take(self, part: Part) -> None:
@@ -231,29 +268,30 @@ class OpenAIBatchEngine:
             prepared = self._asked.get(key)
             if prepared is None:  # no longer asked for
                 continue
-            fault = faults.get(key)
+            fault = faults.get(key, broken("the batch gave this request no reply", "no_reply"))
             self._attempts[key] = self._attempts.get(key, 0) + (not is_late)
             if key in self._found:
                 self._answer(key)
-            elif fault is not None and fault.remedy == "stop":
+            elif fault.remedy == "stop":
                 raise stop_error(self._remote, fault)
-            elif fault is not None and (
-                fault.remedy == "fail" or self._attempts[key] > self._spec.max_retries
-            ):
+            elif fault.remedy == "adapt" and part.length_field == "max_tokens":
+                self._length_field = "max_completion_tokens"
+                self._put(prepared)
+            elif fault.remedy == "retry" and self._attempts[key] <= self._spec.max_retries:
+                self._put(prepared)
+            else:
                 self._outcomes.append(
                     Failure(key=key, error_type=fault.error_type, error=fault.message)
                 )
-            else:
-                self._put(prepared)
         if part.status == "cancelled" and self._open:
             raise RemoteError(
                 f"The batch {part.batch_id} was cancelled with {len(self._open):,} requests"
                 " undone. The same command again submits these."
             )
 
-    def _index(self, part: Part) -> dict[RequestKey, Any]:
+    def _index(self, part: Part) -> dict[RequestKey, Fault]:
         """Where the whole answers of a downloaded part are; returns what it failed at."""
-        faults = {}
+        faults: dict[RequestKey, Fault] = {}
         for path in self._journal.replies(part):
             offset = 0
             for line in lines_of(path):
@@ -291,8 +329,14 @@ class OpenAIBatchEngine:
             )
         )
 
+    def _line(self, prepared: RemotePrepared) -> bytes:
+        body = common_body(
+            self._remote, self._spec.prompts, self._spec.sampling, self._length_field
+        )
+        return request_line(prepared.key, self._remote.path, {**body, **prepared.own})
+
     def _put(self, prepared: RemotePrepared) -> None:
-        line = request_line(prepared.key, self._remote.path, {**self._body, **prepared.own})
+        line = self._line(prepared)
         self._open[prepared.key] = line
         self._open_bytes += len(line)
 
@@ -301,8 +345,19 @@ class OpenAIBatchEngine:
     def _wait_out(self, error: CallFailed) -> None:
         """Pause after a call that failed; end the run where pausing does not help."""
         fault = error.fault
+        if fault.status in (404, 405):
+            raise RemoteError(
+                f"{self._remote.base_url}: {fault.message}\nA server without batch endpoints is"
+                " asked with --api_mode realtime, or answers what `ragfleet export` writes. One"
+                " that has them knows a batch only with the key that submitted it."
+            ) from None
         if fault.remedy != "retry":
             raise stop_error(self._remote, fault) from None
+        if (fault.after_s or 0.0) > self._remote.max_outage_s:
+            raise RemoteError(
+                f"{self._remote.base_url} asks to come back in {fault.after_s:,.0f} s, longer than"
+                f" --max_outage_s {self._remote.max_outage_s:,.0f}. Run the same command then."
+            ) from None
         now_s = time.monotonic()
         self._trouble_since_s = self._trouble_since_s or now_s
         if now_s - self._trouble_since_s > self._remote.max_outage_s:

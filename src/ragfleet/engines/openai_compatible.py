@@ -8,6 +8,7 @@ Owns the tasks of one worker's event loop, their retries and their ends. The loo
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import random
 import time
@@ -26,7 +27,7 @@ from ragfleet.engines.protocol import (
     Request,
     RequestKey,
 )
-from ragfleet.errors import ConfigError, RagfleetError
+from ragfleet.errors import ConfigError, RagfleetError, RemoteError
 from ragfleet.prompts import PLAIN_STOP
 from ragfleet.remote.asking import LengthField, RemotePrepared, common_body, prepare, stop_error
 from ragfleet.remote.client import ApiClient
@@ -41,6 +42,12 @@ from ragfleet.remote.spec import PROVIDERS
 
 _TIMEOUT_S: Final = 600.0
 _CLOSE_S: Final = 5.0
+_LAST_ANSWERS_S: Final = 15.0
+"""After a refusal that ends the run: what is on its way is paid for, and may still come."""
+_LONG_WAIT_S: Final = 30.0
+"""A Retry-After that the person who waits should know of."""
+
+log = logging.getLogger(__name__)
 
 
 class OpenAICompatibleEngine:
@@ -55,7 +62,10 @@ class OpenAICompatibleEngine:
         self._tasks: dict[RequestKey, asyncio.Task[None]] = {}
         self._cancelled: set[asyncio.Task[None]] = set()
         self._outcomes: list[Outcome] = []
-        self._error: RagfleetError | None = None
+        self._error: BaseException | None = None
+        """A bug, or what ends the run for all workers."""
+        self._error_at_s = 0.0
+        self._is_waiting_said = False
         self._length_field: LengthField = "max_tokens"
         self._progress = 0
         self._num_submitted = 0
@@ -68,8 +78,8 @@ class OpenAICompatibleEngine:
         self._loop = asyncio.new_event_loop()
         self._client = ApiClient(remote, key, self._timeout_s)
         path = None if spec.shared_dir is None else spec.shared_dir / NAME
-        budget = budget_of(remote, self._window_s)
-        self._account = LedgerFile(path, budget, spec.num_workers)
+        budget = budget_of(remote, spec.num_workers, self._timeout_s, self._window_s)
+        self._account = LedgerFile(path, budget, spec.num_workers, spec.rank)
         self._gate = Gate(
             self._account.exchange,
             rank=spec.rank,
@@ -77,6 +87,7 @@ class OpenAICompatibleEngine:
             max_new_tokens=spec.sampling.max_new_tokens,
             loop=self._loop,
             window_s=self._window_s,
+            say=self._say,
         )
         self._body = common_body(remote, spec.prompts, spec.sampling)
         notes = []
@@ -103,17 +114,16 @@ class OpenAICompatibleEngine:
         self._num_submitted += 1
         task = self._loop.create_task(self._answer(prepared, self._num_submitted))
         self._tasks[prepared.key] = task
-        task.add_done_callback(self._cancelled.discard)
+        task.add_done_callback(self._on_end)
 
     def step(self, timeout_s: float) -> list[Outcome]:
         # A turn of the loop is progress: waiting for a limit or a dead server is what is to be
         # done then, and each call has a time limit of its own.
         self._progress += 1
-        if not self._outcomes and self._error is None:
+        if not self._outcomes:
+            self._raise_what_ended()
             self._run_loop(timeout_s)
         outcomes, self._outcomes = self._outcomes, []
-        if not outcomes:
-            self._raise_what_ended()
         self._progress += len(outcomes)
         for outcome in outcomes:
             self._tasks.pop(outcome.key, None)
@@ -164,8 +174,25 @@ class OpenAICompatibleEngine:
         """An error of the run, once nothing that is paid for can come any more."""
         if self._error is not None:
             raise self._error
-        if self._loop is not None and self._gate.error is not None and not self._gate.num_active:
+        if self._loop is None or self._gate.error is None:
+            return
+        now_s = time.monotonic()
+        self._error_at_s = self._error_at_s or now_s
+        if not self._gate.num_active or now_s > self._error_at_s + _LAST_ANSWERS_S:
             raise self._gate.error
+
+    def _on_end(self, task: asyncio.Task[None]) -> None:
+        """A request that ends without an outcome would be waited for forever: say what it was."""
+        self._cancelled.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            self._error = task.exception()
+
+    def _stop(self, error: RagfleetError) -> None:
+        """End the run: nothing more is sent, and `step` raises it after the last answers."""
+        self._gate.error = self._gate.error or error
+
+    def _say(self, text: str) -> None:
+        log.warning("%s", text) if self._spec.say is None else self._spec.say(text)
 
     def _finish(self, outcome: Outcome) -> None:
         self._outcomes.append(outcome)
@@ -192,9 +219,7 @@ class OpenAICompatibleEngine:
                 self._finish(self._completion(prepared, verdict, time.monotonic() - started_s))
                 return
             if verdict.remedy == "stop":
-                self._error = stop_error(self._remote, verdict)
-                assert self._loop is not None
-                self._loop.stop()
+                self._stop(stop_error(self._remote, verdict))
                 return
             if verdict.remedy == "adapt" and self._adapt():
                 continue
@@ -208,8 +233,26 @@ class OpenAICompatibleEngine:
                     )
                 )
                 return
+            if verdict.after_s is not None and not self._may_wait(verdict.after_s):
+                return
             await asyncio.sleep(backoff_s(attempt, verdict.after_s, self._rng.random()))
             attempt += not self._gate.is_down  # a dead server is not this request's fault
+
+    def _may_wait(self, after_s: float) -> bool:
+        """Whether a Retry-After is worth waiting for; says so when it is long."""
+        most_s = self._remote.max_outage_s
+        if after_s > most_s:
+            self._stop(
+                RemoteError(
+                    f"{self._remote.base_url} asks to come back in {after_s:,.0f} s, longer than"
+                    f" --max_outage_s {most_s:,.0f}. Run the same command again then."
+                )
+            )
+            return False
+        if after_s >= _LONG_WAIT_S and not self._is_waiting_said:
+            self._is_waiting_said = True
+            self._say(f"The server asks requests to come back in {after_s:,.0f} s (Retry-After).")
+        return True
 
     def _adapt(self) -> bool:
         """Newer models take max_completion_tokens only; False when that was tried."""

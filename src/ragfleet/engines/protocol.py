@@ -15,7 +15,7 @@ The contract, which `tests/contract/` holds every engine to:
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -84,6 +84,8 @@ class EngineSpec:
     """Folder of the launch, which all its workers see."""
     run_dir: Path | None = None
     """Folder of the run, which outlives a launch."""
+    say: Callable[[str], None] | None = None
+    """Tells the person who watches the run; what matters to them is rare."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -6,6 +6,7 @@ Pure: messages and sampling in, JSON-ready values out. Shared by realtime calls,
 
 from __future__ import annotations
 
+import urllib.parse
 from typing import Any, Final, Literal
 
 import msgspec
@@ -89,13 +90,17 @@ def stop_error(spec: RemoteSpec, fault: Fault) -> RemoteError:
     """What ends the whole run, with what to set."""
     key = f"{spec.key_env} or --api_key_file"
     said = f"{spec.base_url}: {fault.message}"
+    version = ""
+    if not urllib.parse.urlsplit(spec.base_url).path:
+        version = f" Most servers want {spec.base_url}/v1."
     advice = {
         "refused": f"The API does not let this run in. Check {key}, and --base_url.",
         "no_such_model": (
             f"Check the model's name (--api_model_name {spec.model}) and --base_url; for chat"
-            " models --api_format is chat."
+            f" models --api_format is chat.{version}"
         ),
         "quota": f"The account behind {key} has no credit or quota left.",
+        "certificate": "Name a bundle with the issuer's certificate in SSL_CERT_FILE.",
     }
     return RemoteError(
         f"{said}\n{advice.get(fault.error_type, 'The run can not go on like this.')}"

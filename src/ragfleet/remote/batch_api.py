@@ -88,7 +88,8 @@ class BatchApi:
         """The batch of a file, which belongs to one part alone."""
         async for entry in self._pages("/batches", {}):
             batch = _batch(entry)
-            if batch.input_file_id == file_id:
+            # One that the provider refused did nothing; its file is submitted again.
+            if batch.input_file_id == file_id and batch.status != "failed":
                 return batch
         return None
 

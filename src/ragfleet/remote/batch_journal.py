@@ -43,6 +43,8 @@ class Part(msgspec.Struct, kw_only=True):
     nonce: str
     """Names the part at the server, so that it is found there again."""
     num_requests: int
+    length_field: str = "max_tokens"
+    """What its requests call the most tokens of an answer."""
     file_id: str = ""
     batch_id: str = ""
     status: str = ""
@@ -69,7 +71,7 @@ class Journal:
         if data and not data.endswith(b"\n"):
             os.write(self._fd, b"\n")
 
-    def build(self, lines: Iterable[bytes]) -> Part:
+    def build(self, lines: Iterable[bytes], length_field: str = "max_tokens") -> Part:
         """Write the requests of a new part, whole, and its first event."""
         name = f"part-{len(self.parts) + 1:04}"
         count = 0
@@ -82,7 +84,13 @@ class Journal:
             os.fsync(file.fileno())
         os.replace(temporary, self._directory / f"{name}.jsonl")
         fsync_directory(self._directory)
-        part = Part(name=name, state="built", nonce=uuid.uuid4().hex, num_requests=count)
+        part = Part(
+            name=name,
+            state="built",
+            nonce=uuid.uuid4().hex,
+            num_requests=count,
+            length_field=length_field,
+        )
         self.write(part)
         return part
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
+import ssl
 from collections.abc import Awaitable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ import msgspec
 from ragfleet.errors import ConfigError
 from ragfleet.remote.replies import Answer, Fault, broken, read_reply
 from ragfleet.remote.secret import ApiKey
-from ragfleet.remote.spec import RemoteSpec
+from ragfleet.remote.spec import PROVIDERS, RemoteSpec
 
 try:
     import openai
@@ -52,7 +54,11 @@ class ApiClient:
             http = openai.DefaultAioHttpClient(limits=limits, timeout=timeout)
         except (RuntimeError, AttributeError):  # without aiohttp
             http = openai.DefaultAsyncHttpxClient(limits=limits, timeout=timeout)
+        # The SDK would send these from the environment to any server.
+        own = {"OpenAI-Organization": openai.Omit(), "OpenAI-Project": openai.Omit()}
+        is_openai = spec.base_url == PROVIDERS["openai"].base_url
         self.sdk = openai.AsyncOpenAI(
+            default_headers=None if is_openai else own,
             api_key=key.reveal() if key is not None else "none",
             base_url=spec.base_url,
             max_retries=0,
@@ -67,16 +73,15 @@ class ApiClient:
             async with asyncio.timeout(self._timeout_s):
                 response = await self.sdk.post(self._spec.path, body=body, cast_to=httpx.Response)
                 headers = response.headers
-                return read_reply(response.status_code, headers, response.content), headers
+                verdict = read_reply(response.status_code, headers, response.content)
+                return self.clean(verdict) if isinstance(verdict, Fault) else verdict, headers
         except openai.APIStatusError as error:
             headers = error.response.headers
-            return self.clean(read_reply(error.status_code, headers, _content(error))), headers
-        except (openai.APITimeoutError, TimeoutError):
-            fault = broken(f"no whole reply within {self._timeout_s:g} s", "timeout", "down")
-            return fault, headers
+            return self._refusal(error), headers
+        except TimeoutError:
+            return self._too_late(), headers
         except openai.APIConnectionError as error:
-            reason = type(error.__cause__ or error).__name__
-            return broken(f"the connection failed ({reason})", "connection", "down"), headers
+            return self._no_connection(error), headers
         except openai.OpenAIError as error:
             return broken(f"the SDK can't read the reply ({type(error).__name__})"), headers
 
@@ -111,22 +116,44 @@ class ApiClient:
         try:
             content: bytes = (await call).content
         except openai.APIStatusError as error:
-            fault = read_reply(error.status_code, error.response.headers, _content(error))
-            cleaned = self.clean(fault)
-            assert isinstance(cleaned, Fault)
-            return cleaned
+            return self._refusal(error)
         except openai.APIConnectionError as error:
-            reason = type(error.__cause__ or error).__name__
-            return broken(f"the connection failed ({reason})", "connection", "down")
+            return self._no_connection(error)
         except openai.OpenAIError as error:
             return broken(f"the SDK can't read the reply ({type(error).__name__})")
         return content
 
-    def clean(self, verdict: Answer | Fault) -> Answer | Fault:
+    def _refusal(self, error: openai.APIStatusError) -> Fault:
+        fault = read_reply(error.status_code, error.response.headers, _content(error))
+        assert isinstance(fault, Fault), "the SDK raises for no other status"
+        return self.clean(fault)
+
+    def _too_late(self) -> Fault:
+        return broken(f"no whole reply within {self._timeout_s:g} s", "timeout", "down")
+
+    def _no_connection(self, error: openai.APIConnectionError) -> Fault:
+        """Told by the causes: the SDK calls a refused connection a timeout when aiohttp made it.
+
+        Only their kinds and the system's words are taken: messages may hold a proxy's password.
+        """
+        reason = ""
+        cause: BaseException | None = error
+        while cause is not None:
+            if isinstance(cause, ssl.SSLCertVerificationError):
+                message = f"the server's certificate is not trusted ({cause.verify_message})"
+                return Fault(error_type="certificate", message=message, remedy="stop")
+            if isinstance(cause, TimeoutError):
+                return self._too_late()
+            if isinstance(cause, OSError) and cause.errno:
+                # Below zero are those of name resolution, which have words of their own.
+                reason = os.strerror(cause.errno) if cause.errno > 0 else str(cause.strerror)
+            reason = reason or type(cause.__cause__ or cause).__name__
+            cause = cause.__cause__ or cause.__context__
+        return broken(f"the connection failed: {reason}", "connection", "down")
+
+    def clean(self, fault: Fault) -> Fault:
         """Without the key, should the server have repeated it."""
-        if isinstance(verdict, Fault):
-            return msgspec.structs.replace(verdict, message=self.redact(verdict.message))
-        return verdict
+        return msgspec.structs.replace(fault, message=self.redact(fault.message))
 
     def redact(self, text: str) -> str:
         return self._key.redact(text) if self._key is not None else text

@@ -34,10 +34,7 @@ _CHARGED: Final = frozenset({"bad_reply", "timeout"})
 
 STOPS: Final[dict[Stop, str]] = {
     "spent": "The run has spent what --max_cost or --max_tokens_total allows. Raise it to go on.",
-    "outage": (
-        "The server does not answer, or was dead for longer than --max_outage_s. Check --base_url"
-        " and the server."
-    ),
+    "outage": "The server does not answer. Check --base_url and the server (--max_outage_s).",
     "retries": (
         "The server makes more retries than answers: all requests' retries together are used up."
         " Ask it less (--max_concurrency, --max_requests_per_minute), or look at its log."
@@ -68,9 +65,11 @@ class Gate:
         max_new_tokens: int,
         loop: asyncio.AbstractEventLoop,
         window_s: float = WINDOW_S,
+        say: Callable[[str], None] = log.warning,
     ) -> None:
+        """`say` is told what the person who waits should know, once for the whole run."""
         self._exchange, self._rank, self._loop = exchange, rank, loop
-        self._max_new_tokens = max_new_tokens
+        self._max_new_tokens, self._say = max_new_tokens, say
         self._credit_s = CREDIT * JITTER * window_s
         self.concurrency = Concurrency(max_concurrency)
         self.error: RagfleetError | None = None
@@ -80,7 +79,7 @@ class Gate:
         self._count = 0
         self._active: set[Ticket] = set()
         self._lease: Lease | None = None
-        self._report = Report(rank=rank, now_s=0.0)
+        self._report = Report(rank=rank, now_s=0.0, is_first=True)
         self._timer: asyncio.TimerHandle | None = None
         self._bytes_per_token = _BYTES_PER_TOKEN
         self._said: tuple[float | None, float | None] = (None, None)
@@ -116,11 +115,9 @@ class Gate:
                 report.spent[0] + _known(verdict.prompt_tokens, ticket.reserved[0]),
                 report.spent[1] + _known(verdict.completion_tokens, ticket.reserved[1]),
             )
+            report.reached = True
         elif isinstance(verdict, Fault):
-            report.good += verdict.load != "down"
-            report.down += verdict.load == "down"
-            report.retried += verdict.remedy == "retry" and not self.is_down
-            report.answered += verdict.remedy == "fail"
+            self._count_fault(verdict)
         if verdict is None or (isinstance(verdict, Fault) and verdict.error_type in _CHARGED):
             report.spent = (
                 report.spent[0] + ticket.reserved[0],
@@ -132,6 +129,21 @@ class Gate:
             if refused or (self._lease is not None and self._lease.is_probe):
                 self._lease_ends_soon()
         self._pump()
+
+    def _count_fault(self, fault: Fault) -> None:
+        report = self._report
+        report.reached |= fault.status is not None
+        report.retried += fault.remedy == "retry" and not self.is_down
+        report.answered += fault.remedy == "fail"
+        is_full = fault.load == "limited" and self.concurrency.is_least
+        report.full += is_full
+        if fault.load == "down":
+            report.down += 1
+            report.fault = fault.message
+        else:
+            report.good += 1
+        if fault.after_s and (is_full or fault.load == "down"):
+            report.after_s = max(report.after_s, fault.after_s)
 
     def learn_rates(self, rates: RateHeaders) -> None:
         """What a reply's headers say of the server's limits; said again only when it changes."""
@@ -189,9 +201,6 @@ class Gate:
         lease = self._lease
         if self.error is not None or lease is None:
             return now_s + _SOONEST_S
-        if lease.is_down and not self.is_down:
-            log.warning("the server is down; it is looked at again and again")
-        self.is_down = lease.is_down
         moment = self._moment(ticket, now_s)
         if moment is not None:
             return moment
@@ -238,10 +247,16 @@ class Gate:
         if has_wishes:
             first = heapq.nsmallest(_BLOCK, self._queue)
             report.waiting = [self._need(ticket) for _, _, ticket in first]
-        self._lease = self._exchange(report)
+        lease = self._lease = self._exchange(report)
         self._report = Report(rank=self._rank, now_s=report.now_s)
-        if self._lease.stop and self.error is None:
-            self.error = RemoteError(STOPS[self._lease.stop])
+        self.is_down = lease.is_down
+        if lease.news == "down":
+            self._say(f"The server does not answer ({lease.fault}). It is tried again and again.")
+        elif lease.news == "up":
+            self._say(f"The server answers again, after {lease.down_s:,.0f} s.")
+        if lease.stop and self.error is None:
+            last = f" The last try: {lease.fault}." if lease.stop == "outage" else ""
+            self.error = RemoteError(STOPS[lease.stop] + last)
 
     def _lease_ends_soon(self) -> None:
         """Trouble is worth a report now, at most every few hundredths of a second."""

@@ -16,7 +16,7 @@ import msgspec
 
 _UNITS_S: Final = {"d": 86400.0, "h": 3600.0, "m": 60.0, "s": 1.0, "ms": 1e-3, "us": 1e-6}
 _DURATION: Final = re.compile(r"(?:(\d+(?:\.\d+)?)(ms|us|d|h|m|s))")
-_LONGEST_WAIT_S: Final = 3600.0
+_LONGEST_PAUSE_S: Final = 3600.0
 _SHARE: Final = 0.05
 
 
@@ -32,7 +32,7 @@ def retry_after_s(headers: Mapping[str, str]) -> float | None:
     """Seconds of retry-after-ms or Retry-After (a number or a date); None without one."""
     milliseconds = _number(headers.get("retry-after-ms"))
     if milliseconds is not None:
-        return min(max(milliseconds / 1000, 0.0), _LONGEST_WAIT_S)
+        return max(milliseconds / 1000, 0.0)
     text = headers.get("retry-after")
     if text is None:
         return None
@@ -42,7 +42,7 @@ def retry_after_s(headers: Mapping[str, str]) -> float | None:
             seconds = email.utils.parsedate_to_datetime(text).timestamp() - time.time()
         except (ValueError, TypeError, OverflowError):
             return None
-    return min(max(seconds, 0.0), _LONGEST_WAIT_S)
+    return max(seconds, 0.0)
 
 
 def read_rates(headers: Mapping[str, str], period_s: float = 60.0) -> RateHeaders:
@@ -58,7 +58,7 @@ def read_rates(headers: Mapping[str, str], period_s: float = 60.0) -> RateHeader
     return RateHeaders(
         requests_per_minute=requests,
         tokens_per_minute=tokens,
-        pause_s=min(max(pauses), _LONGEST_WAIT_S) if pauses else None,
+        pause_s=min(max(pauses), _LONGEST_PAUSE_S) if pauses else None,
     )
 
 

@@ -25,9 +25,24 @@ _PROBE_S: Final = 30.0
 _NEVER_UP_S: Final = 300.0
 """How long to wait for the first reply: loading a model takes minutes."""
 _FREE_RETRIES: Final = 500
+_FREE_ROUNDS: Final = 4
+"""Retries of everything that may be under way at once: a server that dies makes one round of them.
+"""
 _RETRIES_PER_ANSWER: Final = 2
+_FULL_S: Final = 0.5
+"""The first pause for a server that refuses even the fewest requests."""
+_REQUEST_S: Final = 600.0
+_LATE_S: Final = 60.0
 
 Stop = Literal["", "spent", "outage", "retries"]
+News = Literal["", "down", "up"]
+
+
+class Held(msgspec.Struct):
+    """Tokens that a worker's requests under way may cost, as of its last report."""
+
+    tokens: tuple[float, float]
+    at_s: float
 
 
 class Budget(msgspec.Struct, frozen=True, kw_only=True):
@@ -40,6 +55,9 @@ class Budget(msgspec.Struct, frozen=True, kw_only=True):
     max_cost: float | None = None
     max_tokens_total: int | None = None
     max_outage_s: float = 3600.0
+    free_retries: int = _FREE_RETRIES
+    longest_s: float = _REQUEST_S + _LATE_S
+    """A worker that has not reported for so long has nothing on its way any more."""
     window_s: float = WINDOW_S
 
     def cost(self, tokens: tuple[float, float]) -> float:
@@ -55,8 +73,15 @@ class Budget(msgspec.Struct, frozen=True, kw_only=True):
         )
 
 
-def budget_of(spec: RemoteSpec, window_s: float = WINDOW_S) -> Budget:
+def budget_of(
+    spec: RemoteSpec,
+    num_workers: int = 1,
+    request_timeout_s: float = _REQUEST_S,
+    window_s: float = WINDOW_S,
+) -> Budget:
     return Budget(
+        free_retries=max(_FREE_RETRIES, _FREE_ROUNDS * num_workers * spec.max_concurrency),
+        longest_s=request_timeout_s + _LATE_S,
         requests_per_minute=spec.requests_per_minute,
         tokens_per_minute=spec.tokens_per_minute,
         price_in=spec.price_in or 0.0,
@@ -74,6 +99,12 @@ class Report(msgspec.Struct, kw_only=True):
     Attributes:
         spent: tokens of prompts and of answers that were charged.
         reserved: the same for what is on its way, at worst; it replaces the last.
+        is_first: of its process. What an earlier process of the rank had reserved may be charged.
+        good: replies of a server that is there; `down`: tries that found none.
+        full: refusals while it asked as little as it can.
+        reached: whether a reply of any status came.
+        after_s: the longest Retry-After among `down` and `full`.
+        fault: the last of `down`, for people.
         unused: (requests, tokens) of its last lease that it did not use.
         waiting: the same as `spent`, at worst, of the next requests in its queue.
         draw: uniform in [0, 1): the account has no randomness of its own.
@@ -86,6 +117,11 @@ class Report(msgspec.Struct, kw_only=True):
     retried: int = 0
     good: int = 0
     down: int = 0
+    full: int = 0
+    reached: bool = False
+    after_s: float = 0.0
+    fault: str = ""
+    is_first: bool = False
     requests_per_minute: float | None = None
     tokens_per_minute: float | None = None
     pause_s: float = 0.0
@@ -105,6 +141,11 @@ class Lease(msgspec.Struct, kw_only=True):
     is_probe: bool = False
     stop: Stop = ""
     is_down: bool = False
+    news: News = ""
+    """What this report changed for the whole run, for one worker to say."""
+    fault: str = ""
+    """The last failure of a server that is down."""
+    down_s: float = 0.0
 
 
 class Ledger(msgspec.Struct, kw_only=True):
@@ -113,12 +154,15 @@ class Ledger(msgspec.Struct, kw_only=True):
     requests: Pacer
     tokens: Pacer
     spent: tuple[float, float] = (0.0, 0.0)
-    reserved: dict[int, tuple[float, float]] = {}
+    reserved: dict[int, Held] = {}
     answered: int = 0
     retried: int = 0
-    replies: int = 0
-    """Of a server that was there."""
+    was_reached: bool = False
+    """The server replied once, be it with an error."""
     pause_until_s: float = 0.0
+    full_s: float = 0.0
+    """The last pause for a server that refuses even the fewest requests."""
+    last_fault: str = ""
     failures: int = 0
     openings: int = 0
     """How often in a row the circuit was opened; 0 is closed."""
@@ -128,77 +172,106 @@ class Ledger(msgspec.Struct, kw_only=True):
 
 
 def new_ledger(budget: Budget, spent: tuple[float, float] = (0.0, 0.0)) -> Ledger:
-    return Ledger(
-        requests=Pacer(budget.requests_per_minute),
-        tokens=Pacer(budget.tokens_per_minute),
-        spent=spent,
-    )
+    requests, tokens = budget.requests_per_minute, budget.tokens_per_minute
+    return Ledger(requests=Pacer(requests, requests), tokens=Pacer(tokens, tokens), spent=spent)
 
 
 def exchange(ledger: Ledger, budget: Budget, report: Report) -> Lease:
     """Book a report and grant a lease; changes the ledger."""
-    _book(ledger, report)
+    since_s = ledger.down_since_s
+    news = _book(ledger, budget, report)
+    lease = _grant(ledger, budget, report)
+    lease.news, lease.fault = news, ledger.last_fault
+    lease.down_s = report.now_s - (ledger.down_since_s or since_s or report.now_s)
+    return lease
+
+
+def _grant(ledger: Ledger, budget: Budget, report: Report) -> Lease:
     now_s = report.now_s
-    stop = _stopped(ledger, budget, report)
+    until_s = now_s + LEASE_S
     nothing = Allowance(now_s, 0.0, 0.0)
+    stop = _stopped(ledger, budget, report)
     if stop:
-        return Lease(requests=nothing, tokens=nothing, until_s=now_s + LEASE_S, stop=stop)
+        return Lease(requests=nothing, tokens=nothing, until_s=until_s, stop=stop)
     resume_s, is_probe = _circuit(ledger, report)
     count = _block(ledger, report)
     if resume_s > now_s or not count:
         return Lease(
             requests=nothing,
             tokens=nothing,
-            until_s=now_s + LEASE_S,
+            until_s=until_s,
             pause_until_s=resume_s,
             is_down=ledger.openings > 0,
         )
     count = _affordable(ledger, budget, report, 1 if is_probe else count)
     if not count:  # others hold what is left, and may give some of it back
-        return Lease(
-            requests=nothing,
-            tokens=nothing,
-            until_s=now_s + LEASE_S,
-            pause_until_s=now_s + LEASE_S,
-        )
+        return Lease(requests=nothing, tokens=nothing, until_s=until_s, pause_until_s=until_s)
     granted = report.waiting[:count]
     total = _sum(granted)
-    ledger.reserved[report.rank] = _sum([report.reserved, total])
+    ledger.reserved[report.rank] = Held(_sum([report.reserved, total]), now_s)
     window_s = budget.window_s
     requests = ledger.requests.take(now_s, count, window_s=window_s)
     if is_probe or budget.is_limited:
         requests.amount = min(requests.amount, float(count))
     largest = max(map(sum, granted))
     tokens = ledger.tokens.take(now_s, sum(total), largest, window_s=window_s)
-    return Lease(requests=requests, tokens=tokens, until_s=now_s + LEASE_S, is_probe=is_probe)
+    return Lease(requests=requests, tokens=tokens, until_s=until_s, is_probe=is_probe)
 
 
-def _book(ledger: Ledger, report: Report) -> None:
+def _book(ledger: Ledger, budget: Budget, report: Report) -> News:
     ledger.answered += report.answered
     ledger.retried += report.retried
-    ledger.replies += report.good
+    ledger.was_reached |= report.reached
     ledger.spent = _sum([ledger.spent, report.spent])
-    ledger.reserved[report.rank] = report.reserved
-    ledger.requests.give_back(report.now_s, report.unused[0])
-    ledger.tokens.give_back(report.now_s, report.unused[1])
+    _release(ledger, budget, report)
+    ledger.requests.give_back(report.now_s, report.unused[0], budget.window_s)
+    ledger.tokens.give_back(report.now_s, report.unused[1], budget.window_s)
     if report.requests_per_minute is not None:
-        ledger.requests.limit_to(report.requests_per_minute)
+        ledger.requests.learn(report.requests_per_minute)
     if report.tokens_per_minute is not None:
-        ledger.tokens.limit_to(report.tokens_per_minute)
-    if report.pause_s:
-        ledger.pause_until_s = max(ledger.pause_until_s, report.now_s + report.pause_s)
+        ledger.tokens.learn(report.tokens_per_minute)
+    pause_s = report.pause_s
+    if report.full:
+        ledger.full_s = min(_LONGEST_PAUSE_S, max(_FULL_S, 2 * ledger.full_s))
+        pause_s = max(pause_s, report.after_s or ledger.full_s * (0.75 + report.draw / 2))
+    elif report.answered:  # by halves: a limit a minute lets some through after each pause
+        ledger.full_s /= 2
+    if pause_s:
+        ledger.pause_until_s = max(ledger.pause_until_s, report.now_s + pause_s)
+    return _look_at_server(ledger, report)
+
+
+def _release(ledger: Ledger, budget: Budget, report: Report) -> None:
+    """What was reserved and nobody will report on any more may have been charged."""
+    own = ledger.reserved.get(report.rank)
+    gone = [own.tokens] if own is not None and report.is_first else []
+    ledger.reserved[report.rank] = Held(report.reserved, report.now_s)
+    for rank, held in list(ledger.reserved.items()):
+        if held.at_s < report.now_s - budget.longest_s:
+            gone.append(ledger.reserved.pop(rank).tokens)
+    ledger.spent = _sum([ledger.spent, *gone])
+
+
+def _look_at_server(ledger: Ledger, report: Report) -> News:
+    """Open the circuit of a server that is not there, close it when it is."""
     if report.good:
+        was_open = ledger.openings > 0
         ledger.failures = ledger.openings = 0
         ledger.open_until_s = ledger.down_since_s = ledger.probe_until_s = 0.0
-    elif report.down:
-        ledger.failures += report.down
-        ledger.down_since_s = ledger.down_since_s or report.now_s
-        was_probe = ledger.probe_until_s > 0
-        if ledger.failures >= _DOWN and (was_probe or ledger.openings == 0):
-            pause_s = min(_LONGEST_PAUSE_S, 2.0**ledger.openings)
-            ledger.openings += 1
-            ledger.open_until_s = report.now_s + pause_s * (0.75 + report.draw / 2)
-            ledger.probe_until_s = 0.0
+        return "up" if was_open else ""
+    if not report.down:
+        return ""
+    ledger.failures += report.down
+    ledger.down_since_s = ledger.down_since_s or report.now_s
+    ledger.last_fault = report.fault or ledger.last_fault
+    was_probe = ledger.probe_until_s > 0
+    if ledger.failures < _DOWN or not (was_probe or ledger.openings == 0):
+        return ""
+    pause_s = min(_LONGEST_PAUSE_S, 2.0**ledger.openings) * (0.75 + report.draw / 2)
+    ledger.openings += 1
+    ledger.open_until_s = report.now_s + max(pause_s, report.after_s)
+    ledger.probe_until_s = 0.0
+    return "down" if ledger.openings == 1 else ""
 
 
 def _circuit(ledger: Ledger, report: Report) -> tuple[float, bool]:
@@ -214,16 +287,18 @@ def _circuit(ledger: Ledger, report: Report) -> tuple[float, bool]:
 
 
 def _stopped(ledger: Ledger, budget: Budget, report: Report) -> Stop:
-    # A server that never answered is more likely a wrong --base_url than an outage.
-    patience_s = min(budget.max_outage_s, float("inf") if ledger.replies else _NEVER_UP_S)
+    # A server that never replied is more likely a wrong --base_url than an outage.
+    patience_s = budget.max_outage_s
+    if not ledger.was_reached:
+        patience_s = min(patience_s, _NEVER_UP_S)
     if ledger.down_since_s and report.now_s - ledger.down_since_s > patience_s:
         return "outage"
-    if ledger.retried > _FREE_RETRIES + _RETRIES_PER_ANSWER * ledger.answered:
+    if ledger.retried > budget.free_retries + _RETRIES_PER_ANSWER * ledger.answered:
         return "retries"
     if (
         budget.is_limited
         and report.waiting
-        and not any(any(held) for held in ledger.reserved.values())
+        and not any(any(held.tokens) for held in ledger.reserved.values())
         and not budget.allows(_sum([ledger.spent, report.waiting[0]]))
     ):
         return "spent"
@@ -246,7 +321,7 @@ def _affordable(ledger: Ledger, budget: Budget, report: Report, count: int) -> i
     """How many of the waiting requests may be let go before a total is passed."""
     if not budget.is_limited:
         return count
-    held = _sum([ledger.spent, *ledger.reserved.values()])
+    held = _sum([ledger.spent, *(held.tokens for held in ledger.reserved.values())])
     while count >= 1 and not budget.allows(_sum([held, *report.waiting[:count]])):
         count -= 1
     return count

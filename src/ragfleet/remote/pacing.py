@@ -18,6 +18,8 @@ CREDIT: Final = 0.4
 """Of the jitter: how late a moment may still be used."""
 UNLIMITED: Final = 1e12
 _FIRST: Final = 4
+_ROUND: Final = 8
+"""Replies that a judgement takes at least: one refusal among four says nothing."""
 _TROUBLE: Final = 0.2
 """Of a round's replies: up to here single refusals are noise, above it the server is full."""
 _BASE_S: Final = 0.5
@@ -62,6 +64,8 @@ class Pacer(msgspec.Struct):
     """
 
     per_minute: float | None = None
+    most_per_minute: float | None = None
+    """What the user set; what the server says counts where it is less."""
     next_s: float = 0.0
 
     def take(
@@ -85,10 +89,10 @@ class Pacer(msgspec.Struct):
             earliest_s = now_s - CREDIT / 2 * JITTER * window_s
             self.next_s = max(self.next_s - amount * step_s, earliest_s)
 
-    def limit_to(self, per_minute: float) -> None:
-        """Slower only: what the user gave or the server said first stays an upper bound."""
-        if self.per_minute is None or per_minute < self.per_minute:
-            self.per_minute = per_minute
+    def learn(self, per_minute: float) -> None:
+        """What the server says now; a limit that it raises again is raised here too."""
+        most = self.most_per_minute
+        self.per_minute = per_minute if most is None else min(per_minute, most)
 
 
 class Concurrency(msgspec.Struct):
@@ -108,10 +112,15 @@ class Concurrency(msgspec.Struct):
     def __post_init__(self) -> None:
         self.limit = self.limit or float(min(self.most, _FIRST))
 
+    @property
+    def is_least(self) -> bool:
+        """Fewer are not possible: to ask a server less then is to wait."""
+        return self.limit < 2
+
     def count(self, refused: bool) -> None:
         self.replies += 1
         self.refused += refused
-        if self.replies < self.limit:
+        if self.replies < max(self.limit, _ROUND if self.is_starting else 1):
             return
         if self.refused > _TROUBLE * self.replies:
             self.limit = max(1.0, self.limit / 2)

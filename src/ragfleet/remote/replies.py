@@ -31,7 +31,9 @@ _TOO_LONG_CODES: Final = frozenset(
     }
 )
 _TOO_LONG_PARAMS: Final = frozenset({"input_tokens"})  # vLLM
-_FILTER_CODES: Final = frozenset({"content_filter", "content_policy_violation"})
+_FILTER_CODES: Final = frozenset(
+    {"content_filter", "content_policy_violation", "data_inspection_failed"}  # DashScope's
+)
 _QUOTA_CODES: Final = frozenset({"insufficient_quota", "billing_hard_limit_reached"})
 _NAME_CODES: Final = frozenset({"unsupported_parameter", "unknown_parameter"})
 _STOPPED: Final = frozenset({"stop", "eos", "eos_token", "end_turn", "stop_sequence"})

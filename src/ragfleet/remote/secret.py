@@ -6,6 +6,8 @@ log, and whatever text a server sends back passes `redact` before anybody may wr
 
 from __future__ import annotations
 
+import ipaddress
+import urllib.parse
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
@@ -14,6 +16,8 @@ from ragfleet.errors import ConfigError
 from ragfleet.remote.spec import RemoteSpec
 
 _SHOWN: Final = "(API key)"
+_SHORTEST_SECRET: Final = 8
+"""Local servers are given keys like EMPTY or none, and such words stand in many a message."""
 
 
 class ApiKey:
@@ -30,7 +34,9 @@ class ApiKey:
 
     def redact(self, text: str) -> str:
         """The text without the key, should a server have repeated it."""
-        return text.replace(self._value, _SHOWN) if self._value else text
+        if len(self._value) < _SHORTEST_SECRET:
+            return text
+        return text.replace(self._value, _SHOWN)
 
     def __repr__(self) -> str:
         return f"ApiKey({_SHOWN})"
@@ -51,7 +57,7 @@ def read_key(spec: RemoteSpec, environ: Mapping[str, str]) -> ApiKey | None:
     if spec.key_file is not None:
         origin = spec.key_file
         try:
-            text = Path(spec.key_file).expanduser().read_text(encoding="utf-8")
+            text = Path(spec.key_file).expanduser().read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             reason = getattr(error, "strerror", None) or "not a text file"
             raise ConfigError(f"--api_key_file {spec.key_file} can't be read: {reason}.") from None
@@ -69,6 +75,30 @@ def read_key(spec: RemoteSpec, environ: Mapping[str, str]) -> ApiKey | None:
     if not value.isascii() or not value.isprintable() or " " in value:
         raise ConfigError(f"What stands in {origin} is no API key: it holds blanks or other signs.")
     return ApiKey(value)
+
+
+def key_notes(spec: RemoteSpec) -> list[str]:
+    """What puts the key at risk."""
+    notes = []
+    if spec.key_file is not None:
+        mode = Path(spec.key_file).expanduser().stat().st_mode
+        if mode & 0o077:
+            notes.append(
+                f"--api_key_file {spec.key_file} can be read by others on this machine"
+                f" (mode {mode & 0o777:o}): chmod 600 {spec.key_file}"
+            )
+    url = urllib.parse.urlsplit(spec.base_url)
+    if url.scheme == "http" and not _is_local(url.hostname or ""):
+        notes.append(f"{spec.base_url} is http: the API key and all prompts go there unencrypted")
+    return notes
+
+
+def _is_local(host: str) -> bool:
+    """Loopback, a private network, or a name without a dot, as clusters have them."""
+    try:
+        return ipaddress.ip_address(host).is_private
+    except ValueError:
+        return "." not in host or host.endswith((".local", ".localhost", ".internal"))
 
 
 def _stored_token(spec: RemoteSpec) -> str:

@@ -6,7 +6,7 @@ import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from ragfleet.cli import (
     interrupt_on_signals,
@@ -18,6 +18,9 @@ from ragfleet.cli import (
 from ragfleet.errors import ConfigError
 from ragfleet.monitor.console import Console
 from ragfleet.plain_text import printable
+
+if TYPE_CHECKING:
+    from ragfleet.corpus.build import Built
 
 _CORPUS_HELP: Final = """\
 usage: ragfleet corpus build PACKAGE==VERSION … [OPTIONS]
@@ -43,7 +46,7 @@ def corpus(arguments: list[str]) -> int:
 
 
 def _build(arguments: list[str]) -> int:
-    from ragfleet.corpus.build import BuildOptions, Built, build_all
+    from ragfleet.corpus.build import BuildOptions, build_all
 
     requirements = []
     while arguments and not arguments[0].startswith("-"):
@@ -52,14 +55,8 @@ def _build(arguments: list[str]) -> int:
     if options is None:
         return 0
     interrupt_on_signals()
-    done = 0
-
-    def tell(built: Built) -> None:
-        nonlocal done
-        done += 1
-        print(printable(f"[{done}/{len(set(requirements))}] {built.line()}"), flush=True)
-
-    built = build_all(requirements, options, tell)
+    with _BuildProgress(len(set(requirements))) as progress:
+        built = build_all(requirements, options, progress)
     failed = [each for each in built if each.manifest is None]
     unreadable = sum(len(each.manifest.parse_failures) for each in built if each.manifest)
     print(
@@ -67,6 +64,34 @@ def _build(arguments: list[str]) -> int:
         f" be read (named in the manifests); {len(failed)} packages failed."
     )
     return 1 if failed else 0
+
+
+class _BuildProgress:
+    """A line per package, and a bar below them on a terminal."""
+
+    def __init__(self, total: int) -> None:
+        from rich.console import Console as RichConsole
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
+
+        self._done, self._total = 0, total
+        columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        console = RichConsole(stderr=True)
+        self._bar = Progress(
+            *columns, console=console, transient=True, disable=not console.is_terminal
+        )
+        self._task = self._bar.add_task("corpora", total=total)
+
+    def __enter__(self) -> _BuildProgress:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._bar.stop()
+
+    def __call__(self, built: Built) -> None:
+        self._done += 1
+        print(printable(f"[{self._done}/{self._total}] {built.line()}"), flush=True)
+        self._bar.advance(self._task)
 
 
 def _check(arguments: list[str]) -> int:

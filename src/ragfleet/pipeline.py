@@ -17,10 +17,11 @@ from ragfleet.contexts.generate import ContextsSummary, check_packages, generate
 from ragfleet.contexts.options import ContextsOptions, EmbeddingSource
 from ragfleet.contexts.queries import read_queries
 from ragfleet.contexts.store import CorpusStore, NoCorpus
-from ragfleet.corpus.build import BuildOptions, build_all, manifest_path
+from ragfleet.corpus.build import BuildOptions, build_all
 from ragfleet.corpus.document import CorpusType
 from ragfleet.corpus.download import normal_name
 from ragfleet.corpus.folder import list_corpora
+from ragfleet.corpus.manifest import manifest_path
 from ragfleet.errors import ConfigError, InputError
 from ragfleet.events import OnEvent
 from ragfleet.launchers import torchrun

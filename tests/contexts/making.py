@@ -10,9 +10,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ragfleet.corpus.build import BuildOptions, Manifest, make_corpus
+from ragfleet.corpus.build import BuildOptions, make_corpus
 from ragfleet.corpus.document import CorpusType, Document, read_documents
 from ragfleet.corpus.download import Archive, parse_requirement
+from ragfleet.corpus.manifest import Manifest
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "examples"

@@ -106,7 +106,9 @@ def test_too_many_members(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.parametrize("name", ["a.whl", "a.tar.gz", "a.zip"])
-@pytest.mark.parametrize("data", [b"", b"no archive", b"PK\x03\x04" + bytes(50), b"\x1f\x8b\x08"])
+@pytest.mark.parametrize(
+    "data", [b"", b"no archive", b"PK\x03\x04" + bytes(50), b"\x1f\x8b\x08", b"\xfd7zXZ\0torn"]
+)
 def test_broken_archives(tmp_path: Path, name: str, data: bytes) -> None:
     archive = tmp_path / name
     archive.write_bytes(data)

@@ -7,7 +7,10 @@ are counted while decompressing, so a header that lies about them gains nothing.
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import io
+import lzma
 import shutil
 import stat
 import tarfile
@@ -17,7 +20,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import IO, Final
+from typing import IO, BinaryIO, Final
 
 from ragfleet.errors import RagfleetError
 
@@ -66,12 +69,18 @@ def extract(archive: Path, folder: Path) -> Extracted:
             if target is None:
                 extracted.refused.append(f"{name} (outside the folder)")
                 continue
-            total += _copy(open_member, target, archive.name, MAX_TOTAL_BYTES - total)
+            out = _create(target)
+            if out is None:
+                extracted.refused.append(f"{name} (in the way of another member)")
+                continue
+            with out:
+                total += _copy(open_member, out, archive.name, MAX_TOTAL_BYTES - total)
             extracted.files.append(target)
     except (
         tarfile.TarError,
         zipfile.BadZipFile,
         zlib.error,
+        lzma.LZMAError,
         EOFError,
         OSError,
         RuntimeError,
@@ -129,10 +138,6 @@ class _Limited(io.RawIOBase):
 
 
 def _decompressed(raw: IO[bytes]) -> IO[bytes]:
-    import bz2
-    import gzip
-    import lzma
-
     start = raw.read(6)
     raw.seek(0)
     inner: IO[bytes]
@@ -157,25 +162,28 @@ def _inside(folder: Path, name: str) -> Path | None:
     return folder.joinpath(*parts)
 
 
+def _create(target: Path) -> BinaryIO | None:
+    """The file, opened; None where an earlier member is in its place, which stays."""
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        return open(target, "xb")
+    except (FileExistsError, NotADirectoryError, IsADirectoryError):
+        return None
+
+
 def _copy(
-    open_member: Callable[[], IO[bytes] | None], target: Path, archive: str, left: int
+    open_member: Callable[[], IO[bytes] | None], out: BinaryIO, archive: str, left: int
 ) -> int:
     source = open_member()
     assert source is not None
     size = 0
-    target.parent.mkdir(parents=True, exist_ok=True)
-    # "x": a second member of the same name does not replace the first one.
-    try:
-        out = open(target, "xb")  # noqa: SIM115 (closed below)
-    except FileExistsError:
-        return 0
-    with source, out:
+    with source:
         while block := source.read(_BLOCK):
             size += len(block)
             if size > MAX_FILE_BYTES:
                 raise ArchiveError(
-                    f"{archive}: {target.name} is larger than {MAX_FILE_BYTES >> 20} MiB; source"
-                    " files are not, so this archive is not read."
+                    f"{archive}: {Path(out.name).name} is larger than {MAX_FILE_BYTES >> 20} MiB;"
+                    " source files are not, so this archive is not read."
                 )
             if size > left:
                 raise ArchiveError(

@@ -2,13 +2,12 @@
 
 Archives are fetched, unpacked safely, parsed and linked; nothing of the package is executed. Each
 package is built in a process of its own, so one that breaks the parser costs itself alone. A corpus
-whose manifest matches is not built again.
+whose manifest matches is not built again, and one that is not ours is never replaced.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import multiprocessing
 import shutil
 import sys
@@ -16,16 +15,15 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, Final, Literal
-
-import msgspec
+from typing import TYPE_CHECKING, Final
 
 from ragfleet.corpus.archives import ArchiveError, extract
-from ragfleet.corpus.document import CorpusType, Document, write_documents
+from ragfleet.corpus.children import begin_child, end_children
+from ragfleet.corpus.document import CorpusType, Document
 from ragfleet.corpus.download import (
     Archive,
     DownloadError,
@@ -34,32 +32,17 @@ from ragfleet.corpus.download import (
     parse_requirement,
 )
 from ragfleet.corpus.folder import corpus_file
+from ragfleet.corpus.manifest import Extractor, Manifest, keep, not_ours, read_manifest
 from ragfleet.errors import ConfigError, InputError, OutputError, RagfleetError
+
+if TYPE_CHECKING:
+    from ragfleet.corpus.modules import Package
 
 EXTRACTOR_VERSION: Final = 1
 """Raise it when the same archives give other documents: corpora are then built anew."""
-Extractor = Literal["static", "dynamic"]
 _RECURSION: Final = 20_000
-
-
-class Manifest(msgspec.Struct):
-    """What a corpus was made from; written after the corpus, so it also says: complete."""
-
-    requirement: str
-    corpus_type: CorpusType
-    extractor: Extractor
-    extractor_version: int
-    archives: list[dict[str, str]]
-    import_roots: list[str]
-    num_files: int
-    num_documents: int
-    kinds: dict[str, int]
-    sources: dict[str, int]
-    parse_failures: dict[str, str]
-    refused_members: list[str]
-    corpus_sha256: str
-    incomplete: bool = False
-    notes: list[str] = []
+_BUILD_LIMIT_S: Final = 3600.0
+_LEFTOVER_S: Final = 86_400.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,25 +112,58 @@ def build_all(
         options.corpus_path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(f"Can't create {options.corpus_path}: {error.strerror}.") from None
+    _remove_leftovers(options.cache_path)
     results = []
-    with ProcessPoolExecutor(
-        max_workers=options.num_workers,
-        mp_context=multiprocessing.get_context("spawn"),
-        max_tasks_per_child=1,
-    ) as pool:
-        futures: dict[Future[Built], Requirement] = {
-            pool.submit(build_one, requirement, options): requirement for requirement in wanted
-        }
-        for future in as_completed(futures):
-            try:
-                built = future.result()
-            except BrokenProcessPool:
-                requirement = futures[future]
-                path = _target(requirement, options)
-                built = Built(requirement, path, None, "its process died (out of memory?)")
-            results.append(built)
-            on_built(built)
+    with ThreadPoolExecutor(options.num_workers) as threads:
+        futures = [threads.submit(_build_apart, requirement, options) for requirement in wanted]
+        try:
+            for future in as_completed(futures):
+                results.append(future.result())
+                on_built(results[-1])
+        except BaseException:
+            threads.shutdown(wait=False, cancel_futures=True)
+            end_children()
+            raise
     return results
+
+
+def _build_apart(requirement: Requirement, options: BuildOptions) -> Built:
+    """`build_one` in a process of its own; how that ends is a result, whatever happens in it."""
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_build_and_send, args=(sender, requirement, options))
+    process.start()
+    sender.close()
+    problem = f"it took longer than {_BUILD_LIMIT_S / 60:.0f} minutes"
+    try:
+        if receiver.poll(_BUILD_LIMIT_S):
+            built: Built = receiver.recv()
+            return built
+    except EOFError:
+        process.join()
+        problem = f"its process died ({_how_it_ended(process.exitcode)})"
+    finally:
+        process.terminate()
+        process.join()
+        receiver.close()
+    return Built(requirement, _target(requirement, options), None, problem)
+
+
+def _build_and_send(sender: Connection, requirement: Requirement, options: BuildOptions) -> None:
+    begin_child(cleans_up=True)
+    sender.send(build_one(requirement, options))
+
+
+def _how_it_ended(code: int | None) -> str:
+    return "out of memory, or killed" if code == -9 else f"exit code {code}"
+
+
+def _remove_leftovers(cache: Path) -> None:
+    """What a build that was killed had unpacked."""
+    for folder in cache.glob("unpacked-*"):
+        with contextlib.suppress(OSError):
+            if time.time() - folder.stat().st_mtime > _LEFTOVER_S:
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def _target(requirement: Requirement, options: BuildOptions) -> Path:
@@ -156,17 +172,17 @@ def _target(requirement: Requirement, options: BuildOptions) -> Path:
     )
 
 
-def manifest_path(corpus: Path) -> Path:
-    return corpus.with_name(corpus.name.removesuffix(".jsonl") + ".manifest.json")
-
-
 def build_one(requirement: Requirement, options: BuildOptions) -> Built:
     """Runs in a process of its own. Never raises for what an archive holds."""
     started_s = time.monotonic()
     target = _target(requirement, options)
-    there = None if options.rebuild else _still_valid(target, options)
-    if there is not None:
-        return Built(requirement, target, there, was_there=True)
+    if target.exists() and not options.rebuild:
+        there = read_manifest(target)
+        if there is not None and _is_current(there, options):
+            return Built(requirement, target, there, was_there=True)
+        reason = not_ours(target, there)
+        if reason is not None:
+            return Built(requirement, target, None, reason)
     sys.setrecursionlimit(max(_RECURSION, sys.getrecursionlimit()))
     try:
         archives, problems = fetch_archives(requirement, options.cache_path / "archives")
@@ -177,18 +193,13 @@ def build_one(requirement: Requirement, options: BuildOptions) -> Built:
     return Built(requirement, target, manifest, None, time.monotonic() - started_s)
 
 
-def _still_valid(target: Path, options: BuildOptions) -> Manifest | None:
-    try:
-        manifest = msgspec.json.decode(manifest_path(target).read_bytes(), type=Manifest)
-        same = (
-            manifest.extractor_version == EXTRACTOR_VERSION
-            and manifest.extractor == options.extractor
-            and manifest.corpus_type == options.corpus_type
-            and not manifest.incomplete
-        )
-        return manifest if same and target.exists() else None
-    except (OSError, msgspec.DecodeError):
-        return None
+def _is_current(manifest: Manifest, options: BuildOptions) -> bool:
+    return (
+        manifest.extractor_version == EXTRACTOR_VERSION
+        and manifest.extractor == options.extractor
+        and manifest.corpus_type == options.corpus_type
+        and not manifest.incomplete
+    )
 
 
 def make_corpus(
@@ -206,36 +217,19 @@ def make_corpus(
     Raises ArchiveError when none of the archives can be read, DownloadError when they hold no
     Python package.
     """
-    from ragfleet.corpus.modules import ModuleReader
-
-    reader = ModuleReader()
-    refused: list[str] = []
     notes: list[str] = [f"incomplete: {problem}" for problem in problems]
     options.cache_path.mkdir(parents=True, exist_ok=True)
     temporary = tempfile.mkdtemp(prefix="unpacked-", dir=options.cache_path)
     try:
-        read: list[Archive] = []
-        for archive in sorted(archives, key=lambda archive: archive.kind != "wheel"):
-            try:
-                unpacked = extract(archive.path, Path(temporary) / archive.kind)
-            except ArchiveError as error:
-                notes.append(str(error))
-                continue
-            add = reader.add_wheel if archive.kind == "wheel" else reader.add_sdist
-            add(unpacked.folder, unpacked.files, unpacked.names)
-            refused += unpacked.refused
-            read.append(archive)
-        if not read:
-            raise ArchiveError(" ".join(notes))
-        if not reader.package.modules:
+        package, read, refused = _read_archives(archives, Path(temporary), notes)
+        if not package.modules:
             raise DownloadError(
                 f"{requirement}: its archives hold no Python package that can be read"
-                f" ({len(reader.package.failures)} files failed)."
+                f" ({len(package.failures)} files failed)."
             )
-        documents = _documents(requirement, reader.package, options, notes)
+        documents = _documents(requirement, package, options, notes)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    write_documents(target, documents)
     manifest = Manifest(
         requirement=str(requirement),
         corpus_type=options.corpus_type,
@@ -245,27 +239,46 @@ def make_corpus(
             {"name": archive.path.name, "kind": archive.kind, "sha256": archive.sha256}
             for archive in read
         ],
-        import_roots=reader.package.roots,
-        num_files=len(reader.package.modules),
+        import_roots=package.roots,
+        num_files=len(package.modules),
         num_documents=len(documents),
         kinds=dict(sorted(Counter(document.kind for document in documents).items())),
         sources=dict(sorted(Counter(document.source for document in documents).items())),
-        parse_failures=dict(sorted(reader.package.failures.items())),
+        parse_failures=dict(sorted(package.failures.items())),
         refused_members=refused[:100],
-        corpus_sha256=hashlib.sha256(target.read_bytes()).hexdigest(),
         incomplete=bool(problems),
         notes=notes,
     )
-    text = msgspec.json.format(msgspec.json.encode(manifest), indent=2)
-    temporary_file = manifest_path(target).with_suffix(".tmp")
-    with contextlib.closing(open(temporary_file, "wb")) as file:
-        file.write(text + b"\n")
-    temporary_file.replace(manifest_path(target))
+    keep(target, documents, manifest)
     return manifest
 
 
+def _read_archives(
+    archives: Sequence[Archive], folder: Path, notes: list[str]
+) -> tuple[Package, list[Archive], list[str]]:
+    """The modules in them, which archives could be read, and which members were refused."""
+    from ragfleet.corpus.modules import ModuleReader
+
+    reader = ModuleReader()
+    read: list[Archive] = []
+    refused: list[str] = []
+    for archive in sorted(archives, key=lambda archive: archive.kind != "wheel"):
+        try:
+            unpacked = extract(archive.path, folder / archive.kind)
+        except ArchiveError as error:
+            notes.append(str(error))
+            continue
+        add = reader.add_wheel if archive.kind == "wheel" else reader.add_sdist
+        add(unpacked.folder, unpacked.files, unpacked.names)
+        refused += unpacked.refused
+        read.append(archive)
+    if not read:
+        raise ArchiveError(" ".join(notes))
+    return reader.package, read, refused
+
+
 def _documents(
-    requirement: Requirement, package: Any, options: BuildOptions, notes: list[str]
+    requirement: Requirement, package: Package, options: BuildOptions, notes: list[str]
 ) -> list[Document]:
     from ragfleet.corpus.added_docs import collect_added
     from ragfleet.corpus.constants import Constants

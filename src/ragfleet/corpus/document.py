@@ -96,22 +96,13 @@ def read_documents(path: Path, package: str, version: str) -> Iterator[Document 
                 yield document.complete(package, version)
 
 
-def write_documents(path: Path, documents: Iterable[Document]) -> int:
-    """Write all or nothing: a temporary file, then one rename."""
+def write_documents(path: Path, documents: Iterable[Document]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    count = 0
-    try:
-        with open(temporary, "wb") as file:
-            for document in documents:
-                file.write(_encode(document) + b"\n")
-                count += 1
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return count
+    with open(path, "wb") as file:
+        for document in documents:
+            file.write(_encode(document) + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def first_sentence(doc: str) -> str:

@@ -11,7 +11,6 @@ import hashlib
 import logging
 import os
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -29,8 +28,14 @@ _NAME: Final = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?")
 _VERSION: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+!_-]*")
 
 
+_CREDENTIALS: Final = re.compile(r"//[^/@\s]+@")
+
+
 class DownloadError(RagfleetError):
-    """The index has no such thing, or can't be reached."""
+    """The index has no such thing, or can't be reached. Index addresses may hold a password."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(_CREDENTIALS.sub("//***@", message))
 
 
 @dataclass(frozen=True, order=True)
@@ -288,7 +293,3 @@ def _sha256(path: Path) -> str:
 def _tail(text: str) -> str:
     lines = [line for line in text.splitlines() if line.startswith("ERROR")]
     return lines[-1][7:] if lines else text.strip()[-200:]
-
-
-def forget(requirement: Requirement, cache: Path) -> None:
-    shutil.rmtree(cache / requirement.name / requirement.version, ignore_errors=True)

@@ -1,0 +1,37 @@
+"""Processes that help this one: they leave signals to it and never outlive it."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+
+
+def begin_child(cleans_up: bool = False) -> None:
+    """To be called first in a child.
+
+    A terminal sends SIGINT to parent and children alike; what it means is the parent's business.
+
+    Args:
+        cleans_up: SIGTERM raises SystemExit, so that temporary folders are removed.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    handler = (lambda number, frame: sys.exit(128 + number)) if cleans_up else signal.SIG_DFL
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+        signal.signal(number, handler)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+def end_children() -> None:
+    """Ask all children to end; to be called when this process gives up."""
+    for child in multiprocessing.active_children():
+        child.terminate()

@@ -132,7 +132,7 @@ def quality(
     originals: dict[str, Corpus] | None = None,
 ) -> dict[str, Any]:
     lexical = {
-        name: LexicalIndex.open(corpus, None if originals else folder)
+        name: LexicalIndex.open(corpus, None if originals else folder, print)
         for name, corpus in corpora.items()
     }
     rankings = {"lexical": [lexical[case.package].rank(case.query) for case in cases]}
@@ -165,9 +165,9 @@ def dense_index(
     corpus: Corpus, embedder: Embedder, folder: Path, originals: dict[str, Corpus] | None
 ) -> DenseIndex:
     if originals is None:
-        return DenseIndex.open(corpus, embedder, folder)
+        return DenseIndex.open(corpus, embedder, folder, print)
     original = originals[corpus.package]
-    DenseIndex.open(original, embedder, folder)
+    DenseIndex.open(original, embedder, folder, print)
     (path,) = (folder / corpus.package / corpus.version).glob(
         f"dense-{embedder.name}-*-{original.sha256[:16]}.npy"
     )
@@ -252,7 +252,7 @@ def speed(
             retriever.rows(queries[start : start + 64])
         report[f"{name} contexts/s (CPU)"] = round(count / (time.process_time() - started))
         report[f"{name} contexts/s (wall)"] = round(count / (time.perf_counter() - wall))
-    index = {name: LexicalIndex.open(corpus, folder) for name, corpus in corpora.items()}
+    index = {name: LexicalIndex.open(corpus, folder, print) for name, corpus in corpora.items()}
     started = time.process_time()
     for query, case in zip(search, questions, strict=True):
         index[case.package].rank(query.query)
@@ -264,7 +264,7 @@ def speed(
     report["exact matching alone/s (CPU)"] = round(count / (time.process_time() - started))
     started = time.perf_counter()
     for corpus in corpora.values():
-        LexicalIndex.open(corpus, folder)
+        LexicalIndex.open(corpus, folder, print)
     report["cached indexes opened in s"] = round(time.perf_counter() - started, 3)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     report["peak MiB of this process"] = peak >> 10

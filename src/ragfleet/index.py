@@ -158,7 +158,7 @@ def build_index(
     if num_records == 0:
         raise InputError(f"{path} has no records: every line is blank.")
     if num_undecodable * 2 > num_records or (num_valid == 0 and num_undecodable):
-        raise InputError(_encoding_message(path, undecodable_sample))
+        raise InputError(encoding_message(path, undecodable_sample))
     if num_valid == 0:
         number, reason = first_invalid[0]
         raise InputError(
@@ -242,7 +242,8 @@ def _quoted(path: Path) -> str:
     return shlex.quote(str(path))
 
 
-def _encoding_message(path: Path, line: bytes) -> str:
+def encoding_message(path: Path, line: bytes) -> str:
+    """What to do about a file of which `line` is not UTF-8."""
     for encoding in ("gb18030", "big5", "shift_jis"):
         try:
             line.decode(encoding)

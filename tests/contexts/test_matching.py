@@ -95,8 +95,25 @@ def test_identifiers_in_chinese() -> None:
         "numpy.linalg.eig",
         "np.sort",
     ]
-    assert words("怎样读取CSV文件read_csv的参数") == ["csv", "read_csv", "read", "csv"]
-    assert words("怎样读取文件") == []
+    assert words("怎样CSV文件read_csv的") == [
+        "怎样",
+        "csv",
+        "文件",
+        "read_csv",
+        "read",
+        "csv",
+        "的",
+    ]
+
+
+def test_words_of_other_scripts() -> None:
+    """For users' own documents: Chinese ones are found by pairs of characters."""
+    assert words("读取文件") == ["读取", "取文", "文件"]
+    assert words("Größe naïve Файл x") == ["größe", "naïve", "файл", "x"]
+    rows = [Document("p.a", "把数组写入文件。"), Document("p.b", "求矩阵的特征值。")]
+    index = LexicalIndex.open(corpus(rows), None, print)
+    assert index.rank("怎样计算特征值？") == [1]
+    assert index.rank("写文件") == [0]
 
 
 def test_words_of_identifiers() -> None:
@@ -119,10 +136,10 @@ def test_fusion_keeps_every_document_once(rankings: list[list[int]]) -> None:
 
 def test_an_index_is_kept_and_used_again(tmp_path: Path) -> None:
     made = corpus()
-    first = LexicalIndex.open(made, tmp_path)
+    first = LexicalIndex.open(made, tmp_path, print)
     stamps = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
     assert stamps
-    again = LexicalIndex.open(made, tmp_path)
+    again = LexicalIndex.open(made, tmp_path, print)
     assert first.rank("merge the frames") == again.rank("merge the frames")
     assert made.documents[first.rank("merge the frames")[0]].path == "pkg.Frame.merge"
     assert {path: path.stat().st_mtime_ns for path in stamps} == stamps

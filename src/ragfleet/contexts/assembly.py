@@ -63,6 +63,8 @@ class Context:
     text: str = ""
     tokens: int = 0
     documents: list[dict[str, Any]] = field(default_factory=list)
+    num_skipped: int = 0
+    """Documents that didn't fit."""
 
 
 class Assembler:
@@ -90,6 +92,7 @@ class Assembler:
             piece = self._piece(corpus, number, name, cap)
             tokens = piece.tokens + (self._counter.count(_SEPARATOR) if parts else 0)
             if context.tokens + tokens > self._max_tokens:
+                context.num_skipped += 1
                 continue
             parts.append(piece.text)
             context.tokens += tokens

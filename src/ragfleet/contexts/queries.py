@@ -9,7 +9,7 @@ It knows nothing of corpora. What can't be read becomes a query with `error`, in
 
 from __future__ import annotations
 
-import json
+import itertools
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -20,6 +20,7 @@ import msgspec
 import xxhash
 
 from ragfleet.errors import InputError
+from ragfleet.index import UTF8_BOM, encoding_message
 
 _DEPENDENCY: Final = re.compile(r"\s*([A-Za-z0-9][A-Za-z0-9._-]*)\s*(.*)")
 _KNOWN: Final = frozenset(
@@ -63,28 +64,65 @@ def read_queries(path: Path) -> Iterator[Query]:
         raise InputError(f"{path} has no queries.")
 
 
+def check_queries(path: Path, start_index: int = 0) -> None:
+    """Raises InputError where the file as a whole is no good, or has nothing from `start_index` on.
+
+    Some bad queries are rows that say so; a file of nothing else is a mistake.
+    """
+    first = None
+    number = -1
+    for number, query in enumerate(read_queries(path)):
+        first = first or query.error
+        if query.error is None and number >= start_index:
+            return
+    if number < start_index:
+        raise InputError(f"--start_index is {start_index}, and {path} has {number + 1} queries.")
+    if first is None:
+        raise InputError(f"{path}: no query from --start_index {start_index} on can be used.")
+    with open(path, "rb") as file:
+        for line in file:
+            try:
+                line.decode()
+            except UnicodeDecodeError:
+                raise InputError(encoding_message(path, line)) from None
+    raise InputError(
+        f"{path}: none of its queries can be used; {first}. A query is an object with `query` and,"
+        " where known, `target_api` and `dependencies`."
+    )
+
+
 def _items(path: Path) -> Iterator[tuple[int, Any]]:
-    """(position, item or an error text wrapped in _Broken)."""
+    """(position, item or why it is none, as _Broken)."""
     try:
         with open(path, "rb") as file:
-            start = file.read(1 << 16).removeprefix(b"\xef\xbb\xbf").lstrip()
+            start = file.read(4096).removeprefix(UTF8_BOM).lstrip()
     except FileNotFoundError:
         raise InputError(f"There is no queries file {path}.") from None
     except OSError as error:
         raise InputError(f"Can't read the queries file {path}: {error.strerror}.") from None
+    if not path.is_file():
+        raise InputError(f"{path} is not a regular file; it is read more than once: save it first.")
     if not start:
         raise InputError(f"The queries file {path} is empty.")
-    if start[:1] == b"[" or _is_whole_object(start):
+    if start[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        raise InputError(f"{path} is UTF-16; convert it to UTF-8: iconv -f UTF-16 -t UTF-8.")
+    if start[:1] == b"[" or (start[:1] == b"{" and _is_one_object(path)):
         yield from _whole(path)
         return
+    for line_no, line in _lines(path):
+        try:
+            yield line_no, msgspec.json.decode(line)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+            yield line_no, _Broken(f"line {line_no} is not valid JSON ({error})")
+
+
+def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """Lines that are not blank."""
     with open(path, "rb") as file:
         for line_no, line in enumerate(file, 1):
-            text = line.removeprefix(b"\xef\xbb\xbf") if line_no == 1 else line
+            text = line.removeprefix(UTF8_BOM) if line_no == 1 else line
             if text.strip():
-                try:
-                    yield line_no, msgspec.json.decode(text)
-                except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-                    yield line_no, _Broken(f"line {line_no} is not valid JSON ({error})")
+                yield line_no, text
 
 
 @dataclass(frozen=True)
@@ -92,14 +130,22 @@ class _Broken:
     reason: str
 
 
-def _is_whole_object(start: bytes) -> bool:
-    """Whether the file is one object over many lines, or the dict form on one line."""
-    first = start.partition(b"\n")[0]
+def _is_one_object(path: Path) -> bool:
+    """Whether the file is one object, over many lines or as the dict form on one line."""
+    lines = [line for _, line in itertools.islice(_lines(path), 2)]
     try:
-        value = msgspec.json.decode(first)
-    except msgspec.DecodeError:
-        return start[:1] == b"{" and (b'"query"' not in first or b"\n" not in start)
-    return isinstance(value, dict) and bool(value) and all(map(_is_item, value.values()))
+        value = msgspec.json.decode(lines[0])
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        # A broken first line is followed by a whole object, the start of one object is not.
+        return len(lines) > 1 and not _is_object(lines[1])
+    return len(lines) == 1 and isinstance(value, dict) and all(map(_is_item, value.values()))
+
+
+def _is_object(line: bytes) -> bool:
+    try:
+        return isinstance(msgspec.json.decode(line), dict)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return False
 
 
 def _is_item(value: Any) -> bool:
@@ -111,9 +157,13 @@ def _whole(path: Path) -> Iterator[tuple[int, Any]]:
         raise InputError(
             f"{path} is one JSON value of more than 1 GiB; write it as JSONL, one object a line."
         )
+    data = path.read_bytes().removeprefix(UTF8_BOM)
     try:
-        value = json.loads(path.read_bytes().removeprefix(b"\xef\xbb\xbf"))
-    except (ValueError, RecursionError) as error:
+        data.decode()
+        value = msgspec.json.decode(data)
+    except UnicodeDecodeError:
+        raise InputError(encoding_message(path, data)) from None
+    except (msgspec.DecodeError, RecursionError) as error:
         raise InputError(f"{path} is not valid JSON: {error}.") from None
     if isinstance(value, list):
         yield from enumerate(value, 1)

@@ -114,12 +114,20 @@ class Retriever:
         if plan.error is None:
             context = self._context(plan)
             if not context.documents:
-                plan.fail(
-                    "nothing_found",
-                    "no document of the dependencies shares a word with the question",
-                )
+                plan.fail("nothing_found", self._why_nothing(context))
         seconds = plan.seconds + time.perf_counter() - started_s
         return self._assembled(plan, context, seconds)
+
+    def _why_nothing(self, context: Context) -> str:
+        if context.num_skipped:
+            return f"no document fits into --max_tokens {self.options.max_tokens}"
+        reason = "no document of the dependencies shares a word with the question"
+        if self.options.embedding_source is None:
+            reason += (
+                "; --embedding_source searches by meaning, and needs a multilingual"
+                " --embedding_model where questions and documents differ in language"
+            )
+        return reason
 
     def _context(self, plan: _Plan) -> Context:
         found = plan.match

@@ -1,9 +1,9 @@
 """What an earlier start already retrieved: an append-only log of rows, and when one is still good.
 
 A row is good while its query, the settings and its versions are the same, every document in it
-still says the same, and, unless it matched a path exactly, the corpora hold the same set of
-documents. So an edited document costs exactly the rows that quote it. Like a shard it is only ever
-appended to, by one process; a torn last line is skipped.
+still says the same, and, unless it matched a path exactly, the corpora hold the same documents
+under the same names. So an edited document costs exactly the rows that quote it. Like a shard it is
+only ever appended to, by one process; a torn last line is skipped.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from ragfleet.contexts.store import CorpusStore
 from ragfleet.corpus.download import normal_name
 from ragfleet.errors import RagfleetError, StorageError
 
-LOG_VERSION: Final = 1
+LOG_VERSION: Final = 2
 
 _encode = msgspec.json.Encoder().encode
 
 
 class _Entry(msgspec.Struct):
     key: str
-    paths: dict[str, str]
-    """package==version → hash of which documents there were."""
+    names: dict[str, str]
+    """package==version → hash of which documents there were, under which names."""
     row: msgspec.Raw
 
 
@@ -58,6 +58,8 @@ class RowLog:
         self._places: dict[str, tuple[int, int]] = {}
         self._file: BinaryIO | None = None
         self._stale: set[str] = set()
+        self._failed: dict[str, tuple[int, int, int]] = {}
+        """Failure rows: place and hash. Tried again, most come out the same: not written again."""
 
     def load(self, is_good: Callable[[_Checked, dict[str, str]], bool]) -> int:
         """Index the rows that are still good; how many."""
@@ -81,13 +83,15 @@ class RowLog:
             return
         if not line.endswith(b"\n"):
             return
-        if is_good(checked, entry.paths):
+        if is_good(checked, entry.names):
             self._places[entry.key] = (offset, len(line))
             self._stale.discard(entry.key)
         else:  # a later line of a key replaces an earlier one
             self._places.pop(entry.key, None)
             if checked.success:
                 self._stale.add(entry.key)
+            else:
+                self._failed[entry.key] = (offset, len(line), xxhash.xxh3_64_intdigest(line))
 
     @property
     def stale(self) -> frozenset[str]:
@@ -100,20 +104,22 @@ class RowLog:
     def __len__(self) -> int:
         return len(self._places)
 
-    def append(self, key: str, paths: dict[str, str], row: dict[str, Any]) -> None:
+    def append(self, key: str, names: dict[str, str], row: dict[str, Any]) -> None:
+        line = _encode(_Entry(key, names, msgspec.Raw(_encode(row)))) + b"\n"
+        *place, digest = self._failed.get(key, (0, 0, None))
+        if digest == xxhash.xxh3_64_intdigest(line):
+            self._places[key] = (place[0], place[1])
+            return
         if self._file is None:
             self._open()
         assert self._file is not None
-        line = _encode(_Entry(key, paths, msgspec.Raw(_encode(row)))) + b"\n"
-        try:
+        with self._storage():
             offset = self._file.tell()
             self._file.write(line)
-        except OSError as error:
-            raise StorageError(f"Can't write {self.path}: {error.strerror}.") from error
         self._places[key] = (offset, len(line))
 
     def _open(self) -> None:
-        try:
+        with self._storage():
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._file = open(self.path, "ab")  # noqa: SIM115 (closed by close)
             self._file.seek(0, os.SEEK_END)
@@ -122,18 +128,27 @@ class RowLog:
                     file.seek(-1, os.SEEK_END)
                     if file.read(1) != b"\n":
                         self._file.write(b"\n")  # closes a line that a crash tore
-        except OSError as error:
-            raise StorageError(f"Can't write {self.path}: {error.strerror}.") from error
 
     def flush(self) -> None:
         if self._file is not None:
-            self._file.flush()
-            os.fsync(self._file.fileno())
+            with self._storage():
+                self._file.flush()
+                os.fsync(self._file.fileno())
 
     def close(self) -> None:
         if self._file is not None:
-            self._file.close()
-            self._file = None
+            file, self._file = self._file, None
+            with contextlib.suppress(OSError):  # what couldn't be written was said before
+                file.close()
+
+    @contextlib.contextmanager
+    def _storage(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise StorageError(
+                f"Can't write {self.path}: {error.strerror}. What it holds is kept."
+            ) from error
 
     @contextlib.contextmanager
     def reader(self) -> Iterator[Callable[[str], dict[str, Any]]]:
@@ -161,7 +176,7 @@ class Freshness:
         self._store, self._nearest = store, nearest_version
         self._hashes: dict[tuple[str, str], dict[str, str]] = {}
 
-    def __call__(self, row: _Checked, paths: dict[str, str]) -> bool:
+    def __call__(self, row: _Checked, names: dict[str, str]) -> bool:
         if not row.success:
             return False  # cheap to try again, and a corpus may have come
         try:
@@ -170,8 +185,8 @@ class Freshness:
                 if self._store.resolve(package, wanted, self._nearest) != version:
                     return False
                 if row.match_kind != "path" and (
-                    paths.get(f"{package}=={version}")
-                    != self._store.load(package, version).paths_hash
+                    names.get(f"{package}=={version}")
+                    != self._store.load(package, version).names_hash
                 ):
                     return False
             if any(self._is_there(row, package) for package in row.missing_dependencies):

@@ -36,6 +36,8 @@ class Searcher:
         self._folder, self._embedder = index_folder, embedder
         self._lexical: dict[str, LexicalIndex] = {}
         self._dense: dict[str, DenseIndex] = {}
+        self.notes: list[str] = []
+        """What degraded: an index that could not be read or kept."""
 
     def prepare(self, corpus: Corpus) -> None:
         """Open (or make) the indexes of a corpus."""
@@ -46,13 +48,17 @@ class Searcher:
     def lexical(self, corpus: Corpus) -> LexicalIndex:
         index = self._lexical.get(corpus.sha256)
         if index is None:
-            index = self._lexical[corpus.sha256] = LexicalIndex.open(corpus, self._folder)
+            index = self._lexical[corpus.sha256] = LexicalIndex.open(
+                corpus, self._folder, self.notes.append
+            )
         return index
 
     def dense(self, corpus: Corpus, embedder: Embedder) -> DenseIndex:
         index = self._dense.get(corpus.sha256)
         if index is None:
-            index = self._dense[corpus.sha256] = DenseIndex.open(corpus, embedder, self._folder)
+            index = self._dense[corpus.sha256] = DenseIndex.open(
+                corpus, embedder, self._folder, self.notes.append
+            )
         return index
 
     def embed(self, texts: Sequence[str]) -> list[Vectors] | None:

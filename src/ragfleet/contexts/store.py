@@ -45,9 +45,13 @@ class Corpus:
         return frozenset(document.import_root for document in self.documents)
 
     @cached_property
-    def paths_hash(self) -> str:
-        """Of which documents there are, whatever they say."""
-        return hashlib.sha1("\n".join(self.paths).encode(), usedforsecurity=False).hexdigest()[:16]
+    def names_hash(self) -> str:
+        """Of which documents there are, under which names, whatever they say."""
+        digest = hashlib.sha1(usedforsecurity=False)
+        for document in self.documents:
+            parts = [document.path, *document.aliases, document.instance_of or "", *document.mro]
+            digest.update("\0".join(parts).encode("utf-8", "replace") + b"\n")
+        return digest.hexdigest()[:16]
 
     @cached_property
     def folded(self) -> dict[str, int | None]:
@@ -88,6 +92,8 @@ class CorpusStore:
                 f" what is there: ragfleet corpus check {folder}"
             )
         self._loaded: dict[tuple[str, str], Corpus] = {}
+        self.notes: list[str] = []
+        """What is left out of the corpora that were loaded."""
 
     @property
     def packages(self) -> list[str]:
@@ -124,11 +130,18 @@ class CorpusStore:
         key = (normal_name(package), version)
         if key not in self._loaded:
             file = self._files[key[0]][version]
-            documents = [
-                document
-                for document in read_documents(file.path, file.package, file.version)
-                if not isinstance(document, BadLine)
-            ]
+            documents, bad = [], []
+            for document in read_documents(file.path, file.package, file.version):
+                if isinstance(document, BadLine):
+                    bad.append(document)
+                else:
+                    documents.append(document)
+            if bad:
+                lines = "1 line" if len(bad) == 1 else f"{len(bad):,} lines"
+                self.notes.append(
+                    f"{file.path}: {lines} not usable, the first is line {bad[0].line_no}:"
+                    f" {bad[0].reason}"
+                )
             with open(file.path, "rb") as opened:
                 digest = hashlib.file_digest(opened, "sha256").hexdigest()
             self._loaded[key] = Corpus(key[0], version, file.path, documents, digest)

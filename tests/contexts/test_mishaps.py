@@ -1,0 +1,257 @@
+"""What goes wrong around contexts and corpora: bad files, full disks, dead processes."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import resource
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import pytest
+from making import read_rows, write_corpus, write_sdist
+
+from ragfleet.contexts.generate import generate_contexts
+from ragfleet.contexts.options import ContextsOptions
+from ragfleet.contexts.queries import check_queries, read_queries
+from ragfleet.corpus import build
+from ragfleet.corpus.archives import extract
+from ragfleet.corpus.build import BuildOptions, build_all, build_one
+from ragfleet.corpus.download import DownloadError, Requirement, parse_requirement
+from ragfleet.errors import ConfigError, InputError, OutputError, StorageError
+
+ROW = {"id": "a", "query": "sort an array", "dependencies": {"pkg": "1.0"}}
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    rows = [{"path": "pkg.sort", "doc": "Sort an array."}, {"path": "pkg.read", "doc": "Read."}]
+    write_corpus(tmp_path / "corpus", "pkg", "1.0", rows)
+    return tmp_path / "corpus"
+
+
+def write_queries(folder: Path, *rows: Any) -> Path:
+    path = folder / "q.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def options(folder: Path, **more: Any) -> ContextsOptions:
+    settings = {"queries_file": folder / "q.jsonl", "corpus_path": folder / "corpus"}
+    return ContextsOptions(**{**settings, "output_file": folder / "out.jsonl", **more})
+
+
+# ---- queries
+
+
+@pytest.mark.parametrize(
+    ("data", "count"),
+    [
+        (b"\xef\xbb\xbf" + json.dumps(ROW).encode() + b"\r\n\r\n", 1),
+        (json.dumps({**ROW, "query": "x " * 60_000}).encode() + b"\n" + b'{"query": "b"}', 2),
+        (b'{"id": 1, "que\n{"query": "b"}\n', 2),
+        (json.dumps({"0": ROW, "1": ROW}, indent=1).encode(), 2),
+        (json.dumps({"0": ROW}).encode(), 1),
+        (json.dumps(ROW, indent=1).encode(), 1),
+        (json.dumps([ROW, ROW], indent=1).encode(), 2),
+        ('{"query": "怎样"}'.encode(), 1),
+    ],
+)
+def test_forms_of_queries_files(tmp_path: Path, data: bytes, count: int) -> None:
+    path = tmp_path / "q.json"
+    path.write_bytes(data)
+    check_queries(path)
+    assert len(list(read_queries(path))) == count
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        ('{"query": "怎样排序"}\n'.encode("gbk"), "iconv -f GB18030"),
+        ('[{"query": "怎样排序"}]'.encode("gbk"), "iconv -f GB18030"),
+        ('{"query": "q"}'.encode("utf-16"), "UTF-16"),
+        (b'{"text": "q"}\n{"text": "r"}\n', "none of its queries can be used; `query` is missing"),
+        (b"{broken\n", "not valid JSON"),
+        (b'[{"query": "q"},', "not valid JSON"),
+        (b'[{"query": "\\ud800"}]', "not valid JSON"),
+        (b"[]", "has no queries"),
+        (b"  \n", "is empty"),
+        (b'"text"', "is not an object"),
+    ],
+)
+def test_queries_files_that_are_no_good(tmp_path: Path, data: bytes, reason: str) -> None:
+    path = tmp_path / "q.json"
+    path.write_bytes(data)
+    with pytest.raises(InputError, match=reason):
+        check_queries(path)
+
+
+def test_nothing_from_there_on(tmp_path: Path, corpus: Path) -> None:
+    write_queries(tmp_path, ROW, ROW)
+    with pytest.raises(InputError, match=r"--start_index is 2, and .* has 2 queries"):
+        generate_contexts(options(tmp_path, start_index=2))
+    assert not (tmp_path / "out.contexts").exists()
+
+
+# ---- what is there already, what can't be written
+
+
+def test_a_file_of_somebody_elses_is_left_alone(tmp_path: Path, corpus: Path) -> None:
+    write_queries(tmp_path, ROW)
+    (tmp_path / "out.jsonl").write_text("mine\n")
+    with pytest.raises(OutputError, match="not made by this command"):
+        generate_contexts(options(tmp_path))
+    assert (tmp_path / "out.jsonl").read_text() == "mine\n"
+    with pytest.raises(OutputError, match="queries file itself"):
+        generate_contexts(options(tmp_path, output_file=tmp_path / "q.jsonl"))
+
+
+def test_a_full_disk(tmp_path: Path, corpus: Path) -> None:
+    write_queries(tmp_path, ROW)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
+    try:
+        with pytest.raises(StorageError, match="File too large"):
+            generate_contexts(options(tmp_path))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not (tmp_path / "out.jsonl").exists()
+    assert generate_contexts(options(tmp_path)).num_rows == 1
+
+
+def test_what_fails_again_is_not_written_again(tmp_path: Path, corpus: Path) -> None:
+    write_queries(tmp_path, ROW, {**ROW, "dependencies": {"pkg": "2.0"}})
+    log = tmp_path / "out.contexts" / "rows.jsonl"
+    generate_contexts(options(tmp_path))
+    size, rows = log.stat().st_size, read_rows(tmp_path / "out.jsonl")
+    summary = generate_contexts(options(tmp_path))
+    assert (summary.kept, summary.retrieved, summary.num_failed) == (1, 0, 1)
+    assert log.stat().st_size == size
+    assert read_rows(tmp_path / "out.jsonl") == rows
+
+
+def test_ten_workers_for_one_query(tmp_path: Path, corpus: Path) -> None:
+    write_queries(tmp_path, ROW)
+    assert generate_contexts(options(tmp_path, num_workers=10)).num_rows == 1
+
+
+def test_one_broken_line_in_a_corpus(tmp_path: Path, corpus: Path) -> None:
+    with open(corpus / "pkg" / "1.0.jsonl", "a", encoding="utf-8") as file:
+        file.write('{"path": "pkg.x"\n')
+    write_queries(tmp_path, ROW)
+    said: list[str] = []
+    assert generate_contexts(options(tmp_path), said.append).num_failed == 0
+    assert any("1.0.jsonl" in text and "1 line" in text for text in said)
+
+
+def test_no_room(tmp_path: Path, corpus: Path) -> None:
+    write_queries(tmp_path, ROW)
+    generate_contexts(options(tmp_path, max_tokens=2))
+    (row,) = read_rows(tmp_path / "out.jsonl")
+    assert "no document fits into --max_tokens 2" in row["error"]
+
+
+def test_indexes_that_are_damaged_or_cannot_be_kept(tmp_path: Path, corpus: Path) -> None:
+    write_queries(tmp_path, ROW)
+    generate_contexts(options(tmp_path))
+    expected = read_rows(tmp_path / "out.jsonl")[0]["documents"]
+    for path in (corpus / ".index").rglob("*.npy"):
+        path.write_bytes(b"damaged")
+    said: list[str] = []
+    generate_contexts(options(tmp_path, output_file=tmp_path / "b.jsonl"), said.append)
+    assert any("can't be read" in text for text in said)
+    assert read_rows(tmp_path / "b.jsonl")[0]["documents"] == expected
+    other = tmp_path / "elsewhere"
+    write_corpus(other, "pkg", "1.0", [{"path": "pkg.sort", "doc": "Sort an array."}])
+    (other / ".index").write_text("a file in its place")
+    said.clear()
+    settings = {"corpus_path": other, "output_file": tmp_path / "c.jsonl"}
+    assert generate_contexts(options(tmp_path, **settings), said.append).num_failed == 0
+    assert any("can't be kept" in text for text in said)
+
+
+def test_packages_that_are_missing_are_named_first(
+    tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_queries(tmp_path, ROW)
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util,
+        "find_spec",
+        lambda name, *rest: None if name == "sentence_transformers" else find(name, *rest),
+    )
+    with pytest.raises(ConfigError, match="sentence_transformers"):
+        generate_contexts(options(tmp_path, embedding_source="local", num_workers=2))
+    assert not (tmp_path / "out.contexts").exists()
+
+
+# ---- corpora
+
+
+def archive_of(folder: Path, name: str, text: str = '"""Do."""\n') -> None:
+    path = folder / "cache" / "archives" / name / "1.0"
+    path.mkdir(parents=True, exist_ok=True)
+    write_sdist(path / f"{name}-1.0.tar.gz", {f"{name}-1.0/{name}/__init__.py": text})
+    (path / "no-wheel").touch()
+
+
+def build_options(folder: Path, **more: Any) -> BuildOptions:
+    return BuildOptions(corpus_path=folder / "corpus", cache_path=folder / "cache", **more)
+
+
+def test_only_our_own_corpora_are_replaced(tmp_path: Path) -> None:
+    archive_of(tmp_path, "pkg")
+    own = write_corpus(tmp_path / "corpus", "pkg", "1.0", [{"path": "pkg.mine", "doc": "d"}])
+    text = own.read_text()
+    wanted = parse_requirement("pkg==1.0")
+    built = build_one(wanted, build_options(tmp_path))
+    assert built.error is not None
+    assert "somebody's own" in built.error
+    assert own.read_text() == text
+    assert build_one(wanted, build_options(tmp_path, rebuild=True)).error is None
+    assert "pkg.mine" not in own.read_text()
+    # An edited one is kept as it is, and not replaced by another kind of build either.
+    own.write_text(text)
+    assert build_one(wanted, build_options(tmp_path)).was_there
+    (tmp_path / "corpus" / "pkg" / "1.0.manifest.json").write_text(
+        (tmp_path / "corpus" / "pkg" / "1.0.manifest.json")
+        .read_text()
+        .replace('"extractor_version": 1', '"extractor_version": 0')
+    )
+    built = build_one(wanted, build_options(tmp_path))
+    assert built.error is not None
+    assert "was edited" in built.error
+    assert own.read_text() == text
+
+
+def die_or_build(sender: Connection, requirement: Requirement, settings: BuildOptions) -> None:
+    if requirement.name == "bad":
+        os._exit(3)
+    sender.send(build_one(requirement, settings))
+
+
+def test_a_process_that_dies_costs_its_package_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("bad", "good"):
+        archive_of(tmp_path, name)
+    monkeypatch.setattr(build, "_build_and_send", die_or_build)
+    built = build_all(["bad==1.0", "good==1.0"], build_options(tmp_path), lambda each: None)
+    errors = {each.requirement.name: each.error for each in built}
+    assert errors == {"bad": "its process died (exit code 3)", "good": None}
+
+
+def test_members_in_each_others_way(tmp_path: Path) -> None:
+    archive = write_sdist(
+        tmp_path / "a.tar.gz", {"pkg/a.py": "x = 1\n", "pkg/a.py/b.py": "", "pkg/c.py": ""}
+    )
+    extracted = extract(archive.path, tmp_path / "out")
+    assert [path.name for path in extracted.files] == ["a.py", "c.py"]
+    assert extracted.refused == ["pkg/a.py/b.py (in the way of another member)"]
+
+
+def test_an_index_password_is_not_shown() -> None:
+    error = DownloadError("could not ask https://me:secret@index.example/simple/x")
+    assert str(error) == "could not ask https://***@index.example/simple/x"

@@ -107,7 +107,7 @@ def seat(seating: Seating) -> tuple[int, Allocation, list[str]]:
         # What is chosen by the sums above takes GPUs that are free as a whole.
         needed_bytes=None if is_auto else needed_bytes(seating.model_dir),
     )
-    if not is_auto and not seating.on_cpu:
+    if not is_auto and not seating.on_cpu and seating.torchrun is None:
         notes += _faster(seating, allocation)
     return num_workers, allocation, notes
 

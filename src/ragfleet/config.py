@@ -19,7 +19,7 @@ from ragfleet.errors import ConfigError
 
 InferenceType = Literal["local", "huggingface", "openai", "togetherai"]
 HfMode = Literal["local", "endpoint"]
-EngineName = Literal["auto", "transformers", "openai_compatible", "echo"]
+EngineName = Literal["auto", "transformers", "vllm", "openai_compatible", "echo"]
 ApiFormat = Literal["chat", "completion"]
 ApiMode = Literal["realtime", "batch"]
 GpuPick = Literal["free", "all"]
@@ -74,8 +74,11 @@ class RunConfig:
     """Show when each step began and all notes, log claims, print tracebacks of errors."""
 
     engine: EngineName = "auto"
-    """What generates: transformers, an API (openai_compatible), or echo (no model: repeats the
-    query; for tests and overhead)."""
+    """What generates: transformers, vllm, an API (openai_compatible), or echo (no model: repeats
+    the query; for tests and overhead). auto: vllm where it is installed and there is a GPU, else
+    transformers."""
+    engine_options: dict[str, Any] = field(default_factory=dict)
+    """JSON object of options in vLLM's own words, e.g. '{"gpu_memory_utilization": 0.8}'."""
     num_workers: int | Literal["auto"] | None = None
     """Number of worker processes (empty: 1; under torchrun its world size); auto: as many as the
     model's size and the GPUs allow, on the CPU one a core."""
@@ -94,7 +97,8 @@ class RunConfig:
     stop: tuple[str, ...] = ()
     """Strings that end an answer (they are not part of it)."""
     batch_size: int | None = None
-    """Most requests generated together by one worker (empty: 8 on CPU, 32 on a GPU)."""
+    """Most requests generated together by one worker (empty: 8 on CPU, 32 on a GPU; vllm: its own
+    default)."""
     max_model_len: int | None = None
     """Most tokens of prompt plus answer (empty: the model's own limit)."""
     truncate_context: TruncateContext = "error"
@@ -232,6 +236,10 @@ class RunConfig:
                 text.isascii() or text.encode("utf-8", "replace").decode() == text,
                 f"--{name} is not UTF-8; save the script that holds it as UTF-8.",
             )
+        require(
+            not self.engine_options or self.engine not in ("transformers", "echo"),
+            f"--engine_options are for --engine vllm, not {self.engine}; leave them out.",
+        )
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         kind = combinations.check(values, _DEFAULTS)
         if kind == "remote":

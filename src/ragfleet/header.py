@@ -119,7 +119,7 @@ def _model(preparation: Preparation) -> str:
         name = config.model_path
         if preparation.model_dir == pocket_folder():
             name = f"{name}, the demo model of 3.8 M parameters"
-        base = f"{name} · transformers · {preparation.precision}{why}"
+        base = f"{name} · {preparation.engine} · {preparation.precision}{why}"
     return f"{config.inference_class} around {base}" if config.inference_class else base
 
 

@@ -41,6 +41,8 @@ class SeatSpec(msgspec.Struct, frozen=True, kw_only=True):
     environment: dict[str, str]
     num_gpus: int
     num_threads: int
+    gpu_memory_bytes: int | None = None
+    """Part of each GPU, where workers share them."""
 
 
 class Launch(msgspec.Struct, frozen=True, kw_only=True):
@@ -60,6 +62,7 @@ class Launch(msgspec.Struct, frozen=True, kw_only=True):
     prompts: dict[str, Any]
     precision: str
     batch_size: int | None
+    engine_options: dict[str, Any]
     max_model_len: int | None
     trust_remote_code: bool
     max_retries: int
@@ -89,6 +92,8 @@ class Launch(msgspec.Struct, frozen=True, kw_only=True):
             num_gpus=num_gpus,
             num_threads=num_threads,
             batch_size=self.batch_size,
+            engine_options=self.engine_options,
+            gpu_memory_bytes=self.seats[rank].gpu_memory_bytes,
             max_model_len=self.max_model_len,
             trust_remote_code=self.trust_remote_code,
             max_retries=self.max_retries,

@@ -92,6 +92,19 @@ def context_limit(model_dir: Path) -> int | None:
     return min(limits)
 
 
+def model_limit(model_dir: Path, max_model_len: int | None) -> int | None:
+    """Most tokens of prompt plus answer. Raises ModelError where --max_model_len is above it."""
+    limit = context_limit(model_dir)
+    if max_model_len is None:
+        return limit
+    if limit is not None and max_model_len > limit:
+        raise ModelError(
+            f"--max_model_len {max_model_len} is above the {limit} that"
+            f" {model_dir}/config.json allows."
+        )
+    return max_model_len
+
+
 def special_tokens(model_dir: Path, config: Mapping[str, Any]) -> dict[str, str]:
     """Named special tokens by `tokenizer_config.json` (`config`) and its older companion."""
     named = dict(config)

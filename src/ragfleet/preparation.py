@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -17,6 +17,7 @@ import xxhash
 from ragfleet.allocation import Allocation
 from ragfleet.config import RunConfig
 from ragfleet.engines.protocol import PromptSettings
+from ragfleet.engines.vllm_options import answers_depend_on, choose_engine, find_vllm
 from ragfleet.errors import ConfigError, ModelError, OutputError
 from ragfleet.gpus import discover_gpus, visible_gpus
 from ragfleet.identity import Identity, RunFile, model_parts, now, read_run_file
@@ -31,7 +32,7 @@ from ragfleet.shards import is_own_name
 
 POCKET: Final = "pocket"
 """The name of the demo model that this package brings along."""
-EngineKind = Literal["transformers", "openai_compatible", "echo"]
+EngineKind = Literal["transformers", "vllm", "openai_compatible", "echo"]
 _DTYPES: Final[Mapping[str, Literal["fp32", "fp16", "bf16"]]] = {
     "float32": "fp32",
     "float16": "fp16",
@@ -95,27 +96,27 @@ def prepare(
     # Read for its errors alone: workers read it themselves.
     if remote is not None and needs_key and read_key(remote, environ) is not None:
         notes += key_notes(remote)
-    engine: EngineKind = "transformers"
-    if remote is not None:
-        engine = "openai_compatible"
-    elif config.engine == "echo":
-        engine = "echo"
-    needs_no_gpu = engine != "transformers"
+    needs_no_gpu = remote is not None or config.engine == "echo"
     if remote is not None and (config.total_gpus or config.gpus_per_worker):
         notes.append("GPUs are not needed for a remote API; the settings about them are not used.")
-    num_workers, allocation, seat_notes = seat(
-        Seating(
-            config=config,
-            torchrun=torchrun,
-            environ=environ,
-            inventory=visible_gpus(discover_gpus(), environ.get("CUDA_VISIBLE_DEVICES")),
-            model_dir=model_dir,
-            needs_no_gpu=needs_no_gpu,
-            is_remote=remote is not None,
-            gpu_precision=resolve_precision(config, model_dir, True),
-            cpu_precision=resolve_precision(config, model_dir, False),
-        )
+    seating = Seating(
+        config=config,
+        torchrun=torchrun,
+        environ=environ,
+        inventory=visible_gpus(discover_gpus(), environ.get("CUDA_VISIBLE_DEVICES")),
+        model_dir=model_dir,
+        needs_no_gpu=needs_no_gpu,
+        is_remote=remote is not None,
+        gpu_precision=resolve_precision(config, model_dir, True),
+        cpu_precision=resolve_precision(config, model_dir, False),
     )
+    engine: EngineKind = "openai_compatible" if remote is not None else "echo"
+    if not needs_no_gpu:
+        engine, why = choose_engine(
+            config.engine, not seating.on_cpu, find_vllm(), config.engine_options
+        )
+        notes += [why] if why and model_dir is not None else []
+    num_workers, allocation, seat_notes = seat(replace(seating, splits_heads=engine == "vllm"))
     precision = resolve_precision(config, model_dir, allocation.gpus_per_worker > 0)
     run_file = None if config.overwrite else read_run_file(paths)
     uses_clock = prints_date(model_dir)
@@ -139,6 +140,7 @@ def prepare(
         "stop": list(config.stop),
         "precision": precision if model_dir is not None else None,
         "engine": "echo" if engine == "echo" else "model",
+        **options_part(config),
         "inference_class": class_name,
         "clock": clock if uses_clock else None,
         **(model_parts(model_dir) if model_dir is not None else {}),
@@ -166,6 +168,12 @@ def prepare(
         class_hash=class_hash,
         notes=[*notes, *seat_notes, *allocation.notes],
     )
+
+
+def options_part(config: RunConfig) -> dict[str, Any]:
+    """Engine options that answers depend on; no part of a run that has none."""
+    options = answers_depend_on(config.engine_options)
+    return {"engine_options": options} if options else {}
 
 
 def remote_spec(config: RunConfig, environ: Mapping[str, str]) -> RemoteSpec | None:

@@ -313,6 +313,7 @@ class _Run:
             prompts={field.name: getattr(prompts, field.name) for field in _fields(prompts)},
             precision=preparation.precision,
             batch_size=config.batch_size,
+            engine_options=config.engine_options,
             max_model_len=config.max_model_len,
             trust_remote_code=config.trust_remote_code,
             max_retries=preparation.max_retries,
@@ -333,6 +334,7 @@ class _Run:
                     environment=worker_environment(worker),
                     num_gpus=len(worker.gpus),
                     num_threads=worker.num_threads,
+                    gpu_memory_bytes=worker.memory_bytes_per_gpu if worker.share > 1 else None,
                 )
                 for worker in preparation.allocation.workers
             ],

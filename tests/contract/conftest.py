@@ -10,7 +10,7 @@ import pytest
 from driving import USER_CLASSES, Make
 from fake_server import KEY, MODEL, FakeServer, Settings
 
-from models import Reference
+from models import NEEDS_VLLM, Reference, make_model
 from ragfleet.engines.make import make_engine
 from ragfleet.engines.protocol import (
     Engine,
@@ -28,6 +28,7 @@ CONTRACT_ENGINES = {
     "create_prompt": ("transformers", "Prompt"),
     "openai_compatible": ("openai_compatible", None),
     "sync around an API": ("openai_compatible", "Sync"),
+    "vllm": ("vllm", None),
 }
 
 
@@ -35,6 +36,12 @@ CONTRACT_ENGINES = {
 def api() -> Iterator[FakeServer]:
     with FakeServer(Settings(latency_s=0.01)) as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def vllm_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """vLLM's attention on the CPU takes heads of 32 numbers or more."""
+    return make_model(tmp_path_factory.mktemp("models") / "vllm", "--head_dim", "32")
 
 
 @pytest.fixture
@@ -66,6 +73,10 @@ def start(
                 key_env="OPENAI_API_KEY",
                 max_concurrency=3,
             )
+        if engine == "vllm":
+            model_dir = model_dir or request.getfixturevalue("vllm_model")
+            small = {"kv_cache_memory_bytes": 64 << 20}
+            spec["engine_options"] = {**small, **spec.get("engine_options", {})}
         made = make_engine(
             EngineSpec(
                 model_dir=model_dir or small_model,
@@ -92,7 +103,9 @@ def start(
         engine.close()
 
 
-@pytest.fixture(params=CONTRACT_ENGINES)
+@pytest.fixture(
+    params=[pytest.param(n, marks=NEEDS_VLLM if n == "vllm" else ()) for n in CONTRACT_ENGINES]
+)
 def contract_engine(request: pytest.FixtureRequest, start: Make) -> Engine:
     engine, user_class = CONTRACT_ENGINES[request.param]
     return start(engine, user_class, batch_size=3)

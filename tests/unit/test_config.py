@@ -59,6 +59,7 @@ DEFAULTS = {
     "seed": None,
     "stop": (),
     "batch_size": None,
+    "engine_options": {},
     "max_model_len": None,
     "truncate_context": "error",
     "prompt_template": None,
@@ -195,7 +196,7 @@ def test_an_unknown_option_names_the_nearest(
     [
         ["--seed"],
         ["--seed", "many"],
-        ["--engine", "vllm"],
+        ["--engine", "tensorrt"],
         ["--precision", "int4"],
         ["stray"],
         ["--inference_type", "remote"],

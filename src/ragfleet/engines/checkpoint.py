@@ -19,7 +19,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
 from ragfleet.engines.protocol import EngineSpec
 from ragfleet.errors import ModelError
-from ragfleet.model_files import check_weights, context_limit, read_json
+from ragfleet.model_files import check_weights, read_json
 
 log = logging.getLogger(__name__)
 
@@ -74,19 +74,6 @@ def load_model(spec: EngineSpec, model_dir: Path) -> tuple[Any, list[str]]:
     model.generation_config = GenerationConfig()
     notes += _not_applied(model_dir)
     return model, notes
-
-
-def model_limit(spec: EngineSpec, model_dir: Path) -> int | None:
-    """Most tokens of prompt plus answer. Raises ModelError where --max_model_len is above it."""
-    limit = context_limit(model_dir)
-    if spec.max_model_len is None:
-        return limit
-    if limit is not None and spec.max_model_len > limit:
-        raise ModelError(
-            f"--max_model_len {spec.max_model_len} is above the {limit} that"
-            f" {model_dir}/config.json allows."
-        )
-    return spec.max_model_len
 
 
 def _devices(spec: EngineSpec) -> tuple[Any, list[str]]:

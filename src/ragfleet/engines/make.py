@@ -34,6 +34,10 @@ def make_engine(spec: EngineSpec, engine: str, inference_class: str | None = Non
                 " pip install -e '.[local]' in the project's folder."
             ) from None
         return TransformersEngine(spec)
+    if engine == "vllm":
+        from ragfleet.engines.vllm import VllmEngine
+
+        return VllmEngine(spec)
     if engine == "openai_compatible":
         if spec.remote is not None and spec.remote.api_mode == "batch":
             from ragfleet.engines.openai_batch import OpenAIBatchEngine
@@ -42,4 +46,6 @@ def make_engine(spec: EngineSpec, engine: str, inference_class: str | None = Non
         from ragfleet.engines.openai_compatible import OpenAICompatibleEngine
 
         return OpenAICompatibleEngine(spec)
-    raise ConfigError(f"--engine {engine} is unknown; use transformers, openai_compatible or echo.")
+    raise ConfigError(
+        f"--engine {engine} is unknown; use transformers, vllm, openai_compatible or echo."
+    )

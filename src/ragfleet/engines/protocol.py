@@ -71,6 +71,10 @@ class EngineSpec:
     num_threads: int = 1
     """CPU threads for this worker: cores // workers."""
     batch_size: int | None = None
+    engine_options: Mapping[str, Any] = field(default_factory=dict)
+    """Options in the engine's own words; vLLM has them."""
+    gpu_memory_bytes: int | None = None
+    """This worker's part of each of its GPUs, where workers share them; None: it has them alone."""
     max_model_len: int | None = None
     trust_remote_code: bool = False
     max_retries: int = 2

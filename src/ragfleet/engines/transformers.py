@@ -21,7 +21,7 @@ import transformers
 from transformers import GenerationConfig
 
 from ragfleet.engines.answers import cut_at_stop, split_reasoning
-from ragfleet.engines.checkpoint import load_model, model_limit
+from ragfleet.engines.checkpoint import load_model
 from ragfleet.engines.decoding import Row, RowSampler, RowStopper
 from ragfleet.engines.oom_ladder import OomLadder
 from ragfleet.engines.protocol import (
@@ -35,6 +35,7 @@ from ragfleet.engines.protocol import (
     RequestKey,
 )
 from ragfleet.errors import EngineDead, ModelError
+from ragfleet.model_files import model_limit
 from ragfleet.prompts import PLAIN_STOP
 from ragfleet.tokens import PromptTokenizer, load_tokenizer, prepare_prompt
 
@@ -72,7 +73,7 @@ class TransformersEngine:
         if spec.model_dir is None:
             raise ModelError("--model_path is missing: name a model folder.")
         self._tokenizer = load_tokenizer(spec.model_dir, spec.trust_remote_code)
-        self._max_model_len = model_limit(spec, spec.model_dir)
+        self._max_model_len = model_limit(spec.model_dir, spec.max_model_len)
         self._model, notes = load_model(spec, spec.model_dir)
         self._vocab_size = self._model.get_input_embeddings().weight.shape[0]
         self._stops = spec.sampling.stop

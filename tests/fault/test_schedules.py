@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
 
 import harness
 import pytest
@@ -41,6 +40,16 @@ def all_of_them(job, statistics):
             yield row
 merge.merged_rows = all_of_them
 """,
+    "SURVIVORS": """
+# One worker's death takes the others with it, as a restart of all ranks would.
+import ragfleet.launchers.supervisor as supervisor
+replace = supervisor.Supervisor._replace
+def all_of_them(self, process, code):
+    for other in list(self._running.values()):
+        supervisor._kill_group(other.popen.pid)
+    replace(self, process, code)
+supervisor.Supervisor._replace = all_of_them
+""",
     "LOST": """
 # The reader stops at the first line that is no result.
 import ragfleet.shards as shards
@@ -56,14 +65,12 @@ shards._rows = strict
 
 
 @pytest.fixture(scope="session")
-def expected(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+def expected(tmp_path_factory: pytest.TempPathFactory) -> list[bytes]:
     return harness.reference(tmp_path_factory.mktemp("reference"))
 
 
 @pytest.mark.parametrize("seed", range(SEEDS))
-def test_a_schedule_of_faults_loses_and_doubles_nothing(
-    seed: int, expected: list[dict[str, Any]]
-) -> None:
+def test_a_schedule_of_faults_loses_and_doubles_nothing(seed: int, expected: list[bytes]) -> None:
     problems, story = harness.run_seed(seed, expected)
     assert not problems, "\n".join([*problems, *story])
 
@@ -74,10 +81,15 @@ def schedule_of(seed: int, during: list[harness.Fault], between: list[str]) -> h
 
 @pytest.mark.parametrize(
     ("check", "between"),
-    [("REDONE", []), ("DOUBLED", ["duplicate_line"]), ("LOST", ["garbage"])],
+    [
+        ("REDONE", []),
+        ("DOUBLED", ["duplicate_line"]),
+        ("LOST", ["garbage"]),
+        ("SURVIVORS", []),
+    ],
 )
 def test_the_harness_notices(
-    check: str, between: list[str], expected: list[dict[str, Any]], tmp_path: Path
+    check: str, between: list[str], expected: list[bytes], tmp_path: Path
 ) -> None:
     broken = tmp_path / "broken"
     broken.mkdir()
@@ -86,7 +98,8 @@ def test_the_harness_notices(
     environ["PYTHONPATH"] = os.pathsep.join((str(broken), environ["PYTHONPATH"]))
     folder = tmp_path / "run"
     folder.mkdir()
-    during = [harness.Fault("kill_all", 40, 0)]
+    how = "kill_worker" if check == "SURVIVORS" else "kill_all"
+    during = [harness.Fault(how, 40, 0)]
     runner = harness.Harness(schedule_of(0, during, between), folder, environ)
     problems = runner.run(expected)
     assert any(check in problem for problem in problems), problems

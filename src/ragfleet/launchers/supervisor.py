@@ -349,7 +349,9 @@ class Supervisor:
             limit_s = max(limit_s, process.blocked_after_s + 2 * _TIMEOUT_GRACE_S)
         if not process.ready:
             what, is_stalled = "is loading", stuck_s > self._launch.start_timeout_s
-        elif beat is not None and beat.in_flight:
+        elif beat is not None and (beat.in_flight or beat.state == "generating"):
+            # Nothing in flight while generating: it reads or renders, where templates and a user's
+            # create_prompt may hang; one with nothing to do is "waiting".
             what, is_stalled = "makes no progress", stuck_s > limit_s
         else:
             what, is_stalled = "gives no sign of life", silent_s > limit_s

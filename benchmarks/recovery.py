@@ -53,7 +53,6 @@ if "ragfleet.worker_main" in sys.orig_argv:
 
     def hanging_prepare(self, request):
         if how == "in prepare" and request.query == "q20":
-            step(self, 0.0)
             hang(how)
         return prepare(self, request)
 

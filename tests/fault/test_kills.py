@@ -60,6 +60,13 @@ class Parent(Slow):
         child = subprocess.Popen(["sleep", "300"])
         (HERE / f"child.{child.pid}").touch()
 
+class Forks(Slow):
+    def setup(self):
+        if os.fork() == 0:  # holds whatever the worker holds: the lock, a GPU
+            os.setsid()
+            time.sleep(300)
+            os._exit(0)
+
 class NeverStarts(QueryBasedInference):
     def setup(self):
         os.abort()
@@ -314,6 +321,24 @@ def test_everything_killed_and_started_again(fleet: Fleet, how: str) -> None:
         assert not (fleet.directory / "out.jsonl").exists()
     fleet.finish(fleet.start("--num_workers", "1"))
     fleet.check(dropped)
+
+
+def test_what_a_killed_supervisor_left_behind_is_ended_by_the_next(fleet: Fleet) -> None:
+    """A fork in a session of its own: nobody kills it with its group, and it holds the lock."""
+    fleet.records(60, "Forks")
+    process = fleet.start()
+    fleet.wait_for(10)
+    (worker,) = fleet.workers(process).values()
+    (orphan,) = worker.children()
+    fleet.started.append(orphan)
+    process.kill()
+    process.wait(timeout=10)
+    all_gone([worker], 5.0)
+    assert orphan.is_running()
+    fleet.finish(fleet.start())
+    all_gone([orphan], 1.0)
+    assert f"was killed: process {orphan.pid}." in fleet.said
+    fleet.check(dropped=1)
 
 
 def test_torchrun_killed(fleet: Fleet) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from recovery import CASES, left_over, start
 
-FAST = ("in prepare", "grandchildren")
+FAST = ("grandchildren",)
 
 
 @pytest.mark.parametrize(

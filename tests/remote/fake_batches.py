@@ -26,6 +26,12 @@ class FakeBatches:
         self.submitted: Counter[str] = Counter()
         self.share_done = 1.0
         """Of a batch's requests, before it ends; below 1 it expires."""
+        self.loses = ""
+        """A word: requests with it get no line in any file."""
+        self.refuses = ""
+        """Code that batches fail with at once."""
+        self.most_queued = 1 << 60
+        """Requests that may be under way together."""
         self.looks = 1
         """So many looks find a batch unfinished."""
         server.routes |= {
@@ -65,8 +71,14 @@ class FakeBatches:
             "metadata": wanted["metadata"],
             "looks": 0,
         }
-        if len(lines) > self.most_requests:
-            errors = [{"code": "too_many_requests", "message": "too many"}]
+        under_way = [b for b in self.batches.values() if b["status"] == "in_progress"]
+        queued = sum(batch["num_requests"] for batch in under_way) + len(lines)
+        batch["num_requests"] = len(lines)
+        code = self.refuses
+        code = code or ("too_many_requests" if len(lines) > self.most_requests else "")
+        code = code or ("token_limit_exceeded" if queued > self.most_queued else "")
+        if code:
+            errors = [{"code": code, "message": "refused"}]
             batch |= {"status": "failed", "errors": {"data": errors}}
         else:
             self.submitted.update(json.loads(line)["custom_id"] for line in lines)
@@ -89,6 +101,8 @@ class FakeBatches:
         done = lines if self.share_done >= 1 else lines[: max(1, int(len(lines) * self.share_done))]
         output, errors = [], []
         for line in reversed(done):  # order is nobody's promise
+            if self.loses and self.loses.encode() in line:
+                continue
             request = json.loads(line)
             reply = self.server.answer(request["body"], "key")
             result = {

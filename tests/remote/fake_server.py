@@ -250,14 +250,17 @@ class FakeServer:
 
     # ---- what tests ask
 
-    def most_in_a_window(self, weigh: Callable[[Arrival], int] = lambda arrival: 1) -> int:
-        """The most that arrived in any window, refused or not."""
+    def most_in_a_window(
+        self, weigh: Callable[[Arrival], int] = lambda arrival: 1, window_s: float | None = None
+    ) -> int:
+        """The most that arrived in any window (of the settings' length), refused or not."""
+        window_s = window_s or self.settings.window_s
         window: deque[Arrival] = deque()
         most = total = 0
         for arrival in self.arrivals:
             window.append(arrival)
             total += weigh(arrival)
-            while window[0].at_s <= arrival.at_s - self.settings.window_s:
+            while window[0].at_s <= arrival.at_s - window_s:
                 total -= weigh(window.popleft())
             most = max(most, total)
         return most

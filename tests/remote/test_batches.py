@@ -21,7 +21,13 @@ from test_faults import check_answers, config_for, texts_below
 from ragfleet.batch_files import export_requests, import_replies
 from ragfleet.config import RunConfig
 from ragfleet.engines.openai_batch import OpenAIBatchEngine
-from ragfleet.engines.protocol import Completion, EngineSpec, PromptSettings, SamplingParams
+from ragfleet.engines.protocol import (
+    Completion,
+    EngineSpec,
+    Failure,
+    PromptSettings,
+    SamplingParams,
+)
 from ragfleet.errors import RemoteError
 from ragfleet.remote.batch_journal import Journal
 from ragfleet.remote.client import ApiClient
@@ -40,7 +46,9 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     started: list[OpenAIBatchEngine] = []
 
-    def make(server: FakeServer, batch_requests: int = 5, run_dir: Path = tmp_path) -> Any:
+    def make(
+        server: FakeServer, batch_requests: int = 5, run_dir: Path = tmp_path, **remote: Any
+    ) -> Any:
         engine = OpenAIBatchEngine(
             EngineSpec(
                 model_dir=None,
@@ -55,6 +63,7 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
                     api_mode="batch",
                     batch_requests=batch_requests,
                     batch_poll_s=0.01,
+                    **remote,
                 ),
             )
         )
@@ -111,6 +120,68 @@ def test_a_refused_file_stops_the_run(serve: Serve, start: Start) -> None:
     FakeBatches(server, most_requests=3)
     with pytest.raises(RemoteError, match="too_many_requests"):
         drive(start(server), REQUESTS)
+
+
+def test_what_was_refused_is_submitted_anew_by_the_next_start(serve: Serve, start: Start) -> None:
+    """No credit yesterday, some today."""
+    server = serve()
+    batches = FakeBatches(server)
+    batches.refuses = "billing_hard_limit_reached"
+    with pytest.raises(RemoteError, match="billing_hard_limit_reached"):
+        drive(start(server, 100), REQUESTS)
+    batches.refuses = ""
+    outcomes = drive(start(server, 100), REQUESTS)
+    assert all(isinstance(outcome, Completion) for outcome in outcomes.values())
+    assert set(batches.submitted.values()) == {1}
+
+
+def test_parts_shrink_to_what_the_provider_queues(serve: Serve, start: Start) -> None:
+    server = serve()
+    batches = FakeBatches(server)
+    batches.most_queued = 4
+    outcomes = drive(start(server, 12), REQUESTS)
+    assert all(isinstance(outcome, Completion) for outcome in outcomes.values())
+    assert set(batches.submitted.values()) == {1}
+
+
+def test_a_part_has_no_more_bytes_than_the_provider_takes(serve: Serve, start: Start) -> None:
+    server = serve()
+    batches = FakeBatches(server)
+    batches.share_done = 0.5  # what expired joins other parts, within the limit too
+    engine = start(server, 100, batch_bytes=1500)
+    outcomes = drive(engine, [*REQUESTS, ask(99, "long " * 400)])
+    failure = outcomes.pop(ask(99).key)
+    assert isinstance(failure, Failure)
+    assert (failure.error_type, "1,500" in failure.error) == ("too_long", True)
+    assert all(isinstance(outcome, Completion) for outcome in outcomes.values())
+    assert all(
+        len(content) <= 1500
+        for name, content in batches.files.values()
+        if name.startswith("ragfleet")
+    )
+
+
+def test_a_model_that_wants_the_other_length_field(serve: Serve, start: Start) -> None:
+    server = serve(only_completion_tokens=True)
+    batches = FakeBatches(server)
+    outcomes = drive(start(server, 100), REQUESTS)
+    assert all(isinstance(outcome, Completion) for outcome in outcomes.values())
+    assert set(batches.submitted.values()) == {2}
+
+
+def test_requests_without_a_reply_fail_at_last(serve: Serve, start: Start) -> None:
+    server = serve()
+    batches = FakeBatches(server)
+    batches.loses = "Question 3?"
+    outcomes = drive(start(server, 100), REQUESTS[:5])
+    failures = [outcome for outcome in outcomes.values() if isinstance(outcome, Failure)]
+    assert [failure.error_type for failure in failures] == ["no_reply"]
+    assert sorted(batches.submitted.values()) == [1, 1, 1, 1, 3]
+
+
+def test_a_server_without_batch_endpoints_says_what_to_do(serve: Serve, start: Start) -> None:
+    with pytest.raises(RemoteError, match="--api_mode realtime"):
+        drive(start(serve()), REQUESTS)
 
 
 @pytest.mark.parametrize(

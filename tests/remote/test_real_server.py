@@ -75,6 +75,9 @@ def answers(folder: Path, name: str, **settings: Any) -> list[dict[str, Any]]:
             output_file=folder / f"{name}.jsonl",
             temperature=0,
             max_new_tokens=32,
+            # The pocket model's template has no system message: the local engine puts it before
+            # the question, a server drops it.
+            system_prompt="",
             **settings,
         )
     )

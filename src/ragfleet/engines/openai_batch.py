@@ -238,7 +238,8 @@ class OpenAIBatchEngine:
 
     def _refused(self, part: Part, code: str, message: str) -> None:
         """The provider did not take the file: nothing of it was done or is charged."""
-        if code == "token_limit_exceeded" and len(self._under_way()) > 1:
+        others = [other for other in self._under_way() if other.name != part.name]
+        if code == "token_limit_exceeded" and any(o.state == "submitted" for o in others):
             part.batch_id = ""  # of what may be queued: it goes when others are done
             self._note(part, "uploaded")
             return

@@ -67,6 +67,8 @@ def main() -> None:
     report["auto"] = quality(changed, cases, embedder, arguments.corpus / INDEX, corpora)
     if arguments.speed:
         report["speed"] = speed(corpora, arguments.corpus / INDEX, arguments.speed, cases)
+        if embedder is not None:
+            report["speed"]["questions embedded/s (one thread)"] = embedding_speed(embedder, cases)
     text = json.dumps(report, indent=2)
     print(text)
     if arguments.out:
@@ -218,6 +220,15 @@ def resampled(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
 
 
 # ---- speed
+
+
+def embedding_speed(embedder: Embedder, cases: Sequence[Case]) -> float:
+    """In batches, as a worker asks."""
+    texts = [case.query for case in cases][:256]
+    embedder.embed(texts[:8])
+    started = time.process_time()
+    embedder.embed(texts)
+    return round(len(texts) / (time.process_time() - started), 1)
 
 
 def speed(

@@ -381,7 +381,7 @@ def toml_arguments(path: Path, *kinds: type[Any]) -> list[str]:
 
 # ---- signals and errors
 
-_RESUMABLE: Final = ("infer", "contexts", "pipeline")
+_RESUMABLE: Final = ("infer", "corpus", "contexts", "pipeline")
 
 
 def interrupt_on_signals() -> None:

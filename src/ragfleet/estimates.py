@@ -10,6 +10,7 @@ because the bytes of all records are known. Nothing here decides what is sent.
 
 from __future__ import annotations
 
+import bisect
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -119,7 +120,7 @@ class Prefixes:
         common = _common_prefix(prompt, other)
         offsets = self._tokenizer.offsets(prompt)
         num_special = self._num_special[adds]
-        prefix = sum(end <= common for _, end in offsets)
+        prefix = bisect.bisect_right(offsets, common, key=lambda span: span[1])
         cut = offsets[prefix][0] if prefix < len(offsets) else len(prompt)
         return len(offsets) + num_special, prefix + num_special, prompt[:cut]
 
@@ -136,9 +137,8 @@ class Prefixes:
     def num_tokens_within(self, prompt: str, num_characters: int) -> int:
         """Tokens of a prompt that end within its first characters, special ones included."""
         offsets = self._tokenizer.offsets(prompt)
-        return self._num_special[self._tokenizer.chat_template is None] + sum(
-            end <= num_characters for _, end in offsets
-        )
+        num_special = self._num_special[self._tokenizer.chat_template is None]
+        return num_special + bisect.bisect_right(offsets, num_characters, key=lambda span: span[1])
 
     def _render(self, head: Head, record: LazyRecord, query: str) -> tuple[str, bool]:
         messages = build_messages(

@@ -146,8 +146,10 @@ def test_unseeded_draws_differ_between_processes_and_within_one(start: Make) -> 
 def test_a_shared_prefix_is_computed_once(start: Make) -> None:
     engine: Any = start("vllm", batch_size=2, engine_options={"block_size": 32})
     context = "word " * 400
-    completions(engine, [ask(number, f"Question {number}?", context) for number in range(8)])
+    requests = [ask(number, f"Question {number}?", context) for number in range(8)]
+    found = completions(engine, requests)
     assert engine.num_cached_tokens > 0.7 * engine.num_prompt_tokens
+    assert sum(each.cached_tokens or 0 for each in found) == engine.num_cached_tokens
 
 
 # ---- refusals

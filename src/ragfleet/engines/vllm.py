@@ -322,6 +322,7 @@ class VllmEngine:
             finish_reason="stop" if cut is not None else answer.finish_reason,
             prompt_tokens=len(prepared.token_ids),
             completion_tokens=num_tokens,
+            cached_tokens=output.num_cached_tokens,
             reasoning=reasoning,
             token_ids=tuple(token_ids),
         )

@@ -185,7 +185,10 @@ def test_what_came_true_of_the_plan() -> None:
     assert (
         "Prefill: 61,000 of 221,000 prompt tokens computed (27.6%), 61,230 ± 510 planned" in lines
     )
-    assert "Generation: 102.0s, 2.0% above the bound of 100.0s (4 workers, none ever idle)" in lines
+    assert (
+        "Generation: 102.0s, 2.0% above the bound of 100.0s (had its 4 workers never been idle)"
+        in lines
+    )
     done.uncounted = 1
     text = overall_block(summary_of(statistics, prefill=planned, generation=done))
     assert "221,000 prompt tokens; how many were computed, the engine does not say" in text

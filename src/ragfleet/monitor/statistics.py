@@ -92,7 +92,7 @@ def _planned_and_done(summary: RunSummary) -> list[str]:
         over = done.makespan_s / done.lower_bound_s - 1
         lines.append(
             f"Generation: {done.makespan_s:.1f}s, {over:.1%} above the bound of"
-            f" {done.lower_bound_s:.1f}s ({done.num_workers} workers, none ever idle)"
+            f" {done.lower_bound_s:.1f}s (had its {done.num_workers} workers never been idle)"
         )
     return lines
 

@@ -119,6 +119,6 @@ def test_vllm_answers_as_the_local_engine(tmp_path: Path) -> None:
         )
     command = [str(VLLM_PYTHON), "-m", "vllm.entrypoints.openai.api_server", "--model", str(POCKET)]
     command += ["--served-model-name", "pocket", "--dtype", "float32", "--enforce-eager"]
-    command += ["--max-model-len", "2048"]
+    command += ["--max-model-len", "4096"]
     with server(command, tmp_path, VLLM_CPU_KVCACHE_SPACE="1") as base_url:
         check_equal(tmp_path, base_url, "pocket")

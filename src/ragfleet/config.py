@@ -29,6 +29,7 @@ TruncateContext = Literal["error", "head", "tail"]
 Schedule = Literal["dynamic", "static"]
 Dedup = Literal["auto", "off"]
 FailedContexts = Literal["row", "drop"]
+PrefixSharing = Literal["auto", "off"]
 
 
 _CHOICES = {
@@ -41,6 +42,7 @@ _CHOICES = {
     "schedule": get_args(Schedule),
     "dedup": get_args(Dedup),
     "failed_contexts": get_args(FailedContexts),
+    "prefix_sharing": get_args(PrefixSharing),
 }
 
 
@@ -97,8 +99,14 @@ class RunConfig:
     stop: tuple[str, ...] = ()
     """Strings that end an answer (they are not part of it)."""
     batch_size: int | None = None
-    """Most requests generated together by one worker (empty: 8 on CPU, 32 on a GPU; vllm: its own
-    default)."""
+    """Most requests generated together by one worker (empty: 64 where prefixes are shared, else 8
+    on CPU and 32 on a GPU; vllm: its own default)."""
+    prefix_sharing: PrefixSharing = "auto"
+    """transformers only. auto: what prompts share is read once, where that is proved right (CPU,
+    full-attention decoders); off: plain batches."""
+    kv_cache_bytes: int | None = None
+    """Most memory per worker for keys and values where prefixes are shared (empty: by the machine's
+    memory)."""
     max_model_len: int | None = None
     """Most tokens of prompt plus answer (empty: the model's own limit)."""
     truncate_context: TruncateContext = "error"
@@ -217,7 +225,7 @@ class RunConfig:
         )
         if self.num_workers != "auto":
             at_least("num_workers", 1)
-        for name in ("gpus_per_worker", "max_samples_per_worker", "batch_size"):
+        for name in ("gpus_per_worker", "max_samples_per_worker", "batch_size", "kv_cache_bytes"):
             at_least(name, 1)
         for name in ("max_new_tokens", "max_model_len"):
             at_least(name, 1)

@@ -63,6 +63,8 @@ class Launch(msgspec.Struct, frozen=True, kw_only=True):
     precision: str
     batch_size: int | None
     engine_options: dict[str, Any]
+    prefix_sharing: bool
+    kv_cache_bytes: int | None
     max_model_len: int | None
     trust_remote_code: bool
     max_retries: int
@@ -94,6 +96,8 @@ class Launch(msgspec.Struct, frozen=True, kw_only=True):
             batch_size=self.batch_size,
             engine_options=self.engine_options,
             gpu_memory_bytes=self.seats[rank].gpu_memory_bytes,
+            prefix_sharing=self.prefix_sharing,
+            kv_cache_bytes=self.kv_cache_bytes,
             max_model_len=self.max_model_len,
             trust_remote_code=self.trust_remote_code,
             max_retries=self.max_retries,

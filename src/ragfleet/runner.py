@@ -314,6 +314,8 @@ class _Run:
             precision=preparation.precision,
             batch_size=config.batch_size,
             engine_options=config.engine_options,
+            prefix_sharing=config.prefix_sharing == "auto",
+            kv_cache_bytes=config.kv_cache_bytes,
             max_model_len=config.max_model_len,
             trust_remote_code=config.trust_remote_code,
             max_retries=preparation.max_retries,

@@ -20,15 +20,16 @@ from ragfleet.engines.protocol import (
 )
 from ragfleet.remote.spec import RemoteSpec
 
-CONTRACT_ENGINES = {
-    "echo": ("echo", None),
-    "transformers": ("transformers", None),
-    "sync": ("echo", "Sync"),
-    "async": ("echo", "Async"),
-    "create_prompt": ("transformers", "Prompt"),
-    "openai_compatible": ("openai_compatible", None),
-    "sync around an API": ("openai_compatible", "Sync"),
-    "vllm": ("vllm", None),
+CONTRACT_ENGINES: dict[str, tuple[str, str | None, dict[str, Any]]] = {
+    "echo": ("echo", None, {}),
+    "transformers": ("transformers", None, {}),
+    "plain batches": ("transformers", None, {"prefix_sharing": False}),
+    "sync": ("echo", "Sync", {}),
+    "async": ("echo", "Async", {}),
+    "create_prompt": ("transformers", "Prompt", {}),
+    "openai_compatible": ("openai_compatible", None, {}),
+    "sync around an API": ("openai_compatible", "Sync", {}),
+    "vllm": ("vllm", None, {}),
 }
 
 
@@ -107,8 +108,8 @@ def start(
     params=[pytest.param(n, marks=NEEDS_VLLM if n == "vllm" else ()) for n in CONTRACT_ENGINES]
 )
 def contract_engine(request: pytest.FixtureRequest, start: Make) -> Engine:
-    engine, user_class = CONTRACT_ENGINES[request.param]
-    return start(engine, user_class, batch_size=3)
+    engine, user_class, spec = CONTRACT_ENGINES[request.param]
+    return start(engine, user_class, batch_size=3, **spec)
 
 
 @pytest.fixture(scope="session")

@@ -9,17 +9,23 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from driving import Make, ask, drive
 
 from models import ROOT, Reference
 from ragfleet.config import RunConfig
 from ragfleet.engines.protocol import Completion, PromptSettings, Request, SamplingParams
 from ragfleet.engines.protocol import Prepared as PreparedRequest
+from ragfleet.engines.shared_prefix import passes
+from ragfleet.engines.shared_prefix.loop import SharedPrefixLoop
+from ragfleet.engines.shared_prefix.passes import TensorPass, row_reads
+from ragfleet.engines.shared_prefix.scheduler import Range, Row
 from ragfleet.engines.transformers import TransformersEngine
 from ragfleet.errors import ModelError
 from ragfleet.preparation import find_model, pocket_folder
@@ -248,10 +254,14 @@ def show_padding(inputs: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     "mutation", [shift_positions, drop_a_block, leak_a_neighbour, show_padding]
 )
-def test_a_mutated_engine_is_found_out(
-    engine: TransformersEngine, equality: Equality, mutation: Callable[[dict[str, Any]], None]
+def test_mutated_batches_are_found_out(
+    start: Make, equality: Equality, mutation: Callable[[dict[str, Any]], None]
 ) -> None:
     """Each mutation touches only what follows the first token: the prompt itself is read right."""
+    engine = start(
+        model_dir=POCKET, max_new_tokens=MAX_NEW_TOKENS, batch_size=8, prefix_sharing=False
+    )
+    assert isinstance(engine, TransformersEngine)
     calls = 0
 
     def before_forward(
@@ -266,3 +276,76 @@ def test_a_mutated_engine_is_found_out(
     engine._model.register_forward_pre_hook(before_forward, with_kwargs=True)
     assert equality.differing(engine, held_out(NUM_MUTATED))
     assert calls > 0
+
+
+# ---- the same for shared prefixes ----------------------------------------------------------------
+
+
+def in_pairs(count: int) -> list[Request]:
+    """Two questions about each context."""
+    asked = []
+    for number, request in enumerate(held_out(count // 2)):
+        other = QUESTIONS[(number + 3) % len(QUESTIONS)].format(x="it", p="x")
+        asked += [request, ask(1000 + number, other, request.context)]
+    return asked
+
+
+def without_a_block(rows: Sequence[Row]) -> list[Row]:
+    return [replace(row, reads=(*cut(row, 0, 48), *cut(row, 64, 10**6))) for row in rows]
+
+
+def with_a_neighbours_block(rows: Sequence[Row]) -> list[Row]:
+    return [
+        replace(row, reads=(*cut(row, 0, 48), *cut(other, 48, 64), *cut(row, 64, 10**6)))
+        for row, other in zip(rows, [*rows[1:], *rows[:1]], strict=True)
+    ]
+
+
+def cut(row: Row, start: int, stop: int) -> list[Range]:
+    """What a row reads of its prompt's places from `start` to `stop`."""
+    found, at = [], 0
+    for part in row.reads:
+        first, last = max(start, at), min(stop, at + part.length)
+        if first < last:
+            found.append(Range(part.offset + first - at, last - first))
+        at += part.length
+    return found
+
+
+def shift_rows(tensors: TensorPass) -> None:
+    tensors.position_ids[:, : tensors._num_rows] += 1
+
+
+def show_free_places(tensors: TensorPass) -> None:
+    tensors._mask = torch.zeros_like(tensors._mask)
+
+
+@pytest.mark.parametrize("mutation", [without_a_block, with_a_neighbours_block])
+def test_mutated_reads_are_found_out(
+    engine: TransformersEngine,
+    equality: Equality,
+    mutation: Callable[[Sequence[Row]], list[Row]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert isinstance(engine._loop, SharedPrefixLoop)
+    monkeypatch.setattr(passes, "row_reads", lambda rows: row_reads(mutation(rows)))
+    assert equality.differing(engine, in_pairs(NUM_MUTATED))
+
+
+@pytest.mark.parametrize("mutation", [shift_rows, show_free_places])
+def test_mutated_passes_are_found_out(
+    engine: TransformersEngine, equality: Equality, mutation: Callable[[TensorPass], None]
+) -> None:
+    assert isinstance(engine._loop, SharedPrefixLoop)
+
+    def before_forward(module: Any, args: tuple[Any, ...], inputs: dict[str, Any]) -> None:
+        if inputs["shared_prefix"]._num_rows:
+            mutation(inputs["shared_prefix"])
+
+    engine._model.register_forward_pre_hook(before_forward, with_kwargs=True)
+    assert equality.differing(engine, in_pairs(NUM_MUTATED))
+
+
+def test_pairs_are_answered_as_alone(engine: TransformersEngine, equality: Equality) -> None:
+    """What the mutations above differ from."""
+    assert equality.differing(engine, in_pairs(NUM_MUTATED)) == []

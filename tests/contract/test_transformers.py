@@ -1,4 +1,7 @@
-"""The transformers engine against plain batch-size-1 `generate`, and when that fails."""
+"""The transformers engine, by either loop, against plain batch-size-1 `generate`.
+
+Plain batches also when something fails; what only the other loop has is in test_shared_prefix.py.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ import torch
 from driving import Make, ask, drive
 
 from models import Reference, changed_copy, example_records, make_model
+from ragfleet.engines.batched import BatchedLoop
 from ragfleet.engines.decoding import Row, RowSampler, RowStopper
 from ragfleet.engines.oom_ladder import OomLadder
 from ragfleet.engines.protocol import (
@@ -60,6 +64,13 @@ def prompt_ids(engine: Engine, request: Request) -> Sequence[int]:
 # ---- equality ---------------------------------------------------------------------------------
 
 
+@pytest.fixture(params=[True, False], ids=["shared prefixes", "plain batches"])
+def sharing(request: pytest.FixtureRequest) -> bool:
+    """Which loop."""
+    assert isinstance(request.param, bool)
+    return request.param
+
+
 @pytest.fixture(scope="module")
 def expected(small_model: Path, reference: Reference) -> list[list[int]]:
     """The reference's tokens for `examples()`, end marker included."""
@@ -80,9 +91,9 @@ def expected(small_model: Path, reference: Reference) -> list[list[int]]:
 
 @pytest.mark.parametrize("batch_size", [1, 3, 8])
 def test_greedy_tokens_are_those_of_batch_size_1(
-    start: Make, expected: list[list[int]], batch_size: int
+    start: Make, expected: list[list[int]], batch_size: int, sharing: bool
 ) -> None:
-    engine = start(batch_size=batch_size, max_new_tokens=NEW)
+    engine = start(batch_size=batch_size, max_new_tokens=NEW, prefix_sharing=sharing)
     requests = examples()
     random.Random(batch_size).shuffle(order := list(range(NUM)))
     answers = completions(engine, [requests[index] for index in order])
@@ -94,10 +105,11 @@ def test_greedy_tokens_are_those_of_batch_size_1(
     assert engine.progress() == sum(map(len, expected))
 
 
-@pytest.mark.parametrize("arch", ["qwen2", "mistral"])
-def test_other_architectures(start: Make, tmp_path: Path, arch: str) -> None:
-    model = make_model(tmp_path / arch, "--arch", arch, "--no-chat_template")
-    engine = start(model_dir=model, batch_size=4)
+@pytest.mark.parametrize("arch", ["qwen2", "qwen3", "mistral"])
+def test_other_architectures(start: Make, tmp_path: Path, arch: str, sharing: bool) -> None:
+    tied = ["--tie_word_embeddings"] if arch.startswith("qwen") else []
+    model = make_model(tmp_path / arch, "--arch", arch, "--no-chat_template", *tied)
+    engine = start(model_dir=model, batch_size=4, prefix_sharing=sharing)
     requests = examples()[:4]
     answers = completions(engine, requests)
     reference = Reference(model)
@@ -107,13 +119,13 @@ def test_other_architectures(start: Make, tmp_path: Path, arch: str) -> None:
 
 
 def test_the_end_marker_ends_a_row_and_is_counted(
-    start: Make, small_model: Path, tmp_path: Path, expected: list[list[int]]
+    start: Make, small_model: Path, tmp_path: Path, expected: list[list[int]], sharing: bool
 ) -> None:
     marks = sorted({tokens[index] for index, tokens in enumerate(expected[:8])})
     model = changed_copy(
         small_model, tmp_path / "m", generation_config={"eos_token_id": marks, "temperature": 0.6}
     )
-    engine = start(model_dir=model, batch_size=8, max_new_tokens=NEW)
+    engine = start(model_dir=model, batch_size=8, max_new_tokens=NEW, prefix_sharing=sharing)
     answers = completions(engine, examples()[:8])
     for tokens, answer in zip(expected, answers, strict=False):
         end = min(tokens.index(mark) for mark in marks if mark in tokens)
@@ -147,11 +159,16 @@ def test_what_generation_config_sets_is_named_and_not_applied(
 # ---- sampling ---------------------------------------------------------------------------------
 
 
-def test_draws_do_not_depend_on_batches_or_order(start: Make) -> None:
-    settings = {"temperature": 0.9, "top_p": 0.9, "max_new_tokens": NEW}
-    alone = completions(start(batch_size=1, **settings), examples(1000)[:12])
-    together = completions(start(batch_size=4, **settings), examples(1000)[11::-1])[::-1]
-    assert [a.token_ids for a in alone] == [b.token_ids for b in together]
+@pytest.mark.parametrize("temperature", [0.1, 0.9])
+def test_draws_do_not_depend_on_loop_batches_or_order(start: Make, temperature: float) -> None:
+    settings = {"temperature": temperature, "top_p": 0.9, "max_new_tokens": NEW}
+    alone = completions(start(batch_size=1, prefix_sharing=False, **settings), examples(1000)[:12])
+    for sharing in (True, False):
+        engine = start(batch_size=4, prefix_sharing=sharing, **settings)
+        together = completions(engine, examples(1000)[11::-1])[::-1]
+        assert [a.token_ids for a in alone] == [b.token_ids for b in together]
+    if temperature < 0.5:  # hardly any draw differs from another
+        return
     other_seeds = examples(2000)[:12]
     assert [a.token_ids for a in completions(start(**settings), other_seeds)] != [
         a.token_ids for a in alone
@@ -195,7 +212,7 @@ def test_a_tiny_temperature_is_greedy(start: Make, expected: list[list[int]]) ->
 
 
 def test_stop_strings_within_and_across_tokens(
-    start: Make, small_model: Path, expected: list[list[int]]
+    start: Make, small_model: Path, expected: list[list[int]], sharing: bool
 ) -> None:
     tokenizer = load_tokenizer(small_model)
     texts = [tokenizer.decode(tokens) for tokens in expected[:8]]
@@ -215,7 +232,8 @@ def test_stop_strings_within_and_across_tokens(
         if (stop := stop_at(row, count)) is not None
     )
     answers = completions(
-        start(stop=("never there", stop), max_new_tokens=NEW, batch_size=8), examples()[:8]
+        start(stop=("never there", stop), max_new_tokens=NEW, batch_size=8, prefix_sharing=sharing),
+        examples()[:8],
     )
     assert answers[row].text == texts[row][: texts[row].index(stop)]
     assert answers[row].finish_reason == "stop"
@@ -310,7 +328,7 @@ def test_a_token_the_model_has_no_row_for(start: Make, small_model: Path) -> Non
 
 
 def test_the_oldest_request_is_not_starved(start: Make) -> None:
-    engine = start(batch_size=2, max_new_tokens=1)
+    engine = start(batch_size=2, max_new_tokens=1, prefix_sharing=False)
     short = engine.prepare(ask(0, context=""))
     assert isinstance(short, Prepared)
     engine.submit(short)
@@ -347,7 +365,7 @@ def failing(engine: Engine, monkeypatch: pytest.MonkeyPatch, fails: Any, error: 
 def test_out_of_memory_halves_the_batch(
     start: Make, monkeypatch: pytest.MonkeyPatch, expected: list[list[int]]
 ) -> None:
-    engine = start(batch_size=8, max_new_tokens=NEW)
+    engine = start(batch_size=8, max_new_tokens=NEW, prefix_sharing=False)
     sizes: list[int] = []
 
     def fails(ids: torch.Tensor) -> bool:
@@ -366,7 +384,7 @@ def test_batches_grow_back_when_memory_does(
 ) -> None:
     """Somebody else held the GPU's memory for a while."""
     caplog.set_level("INFO")
-    engine = start(batch_size=4, max_new_tokens=1)
+    engine = start(batch_size=4, max_new_tokens=1, prefix_sharing=False)
     sizes: list[int] = []
 
     def fails(ids: torch.Tensor) -> bool:
@@ -375,7 +393,8 @@ def test_batches_grow_back_when_memory_does(
 
     failing(engine, monkeypatch, fails, torch.OutOfMemoryError("CUDA out of memory."))
     assert isinstance(engine, TransformersEngine)
-    engine._ladder = OomLadder(_patience=1)
+    assert isinstance(engine._loop, BatchedLoop)
+    engine._loop._ladder = OomLadder(_patience=1)
     assert len(completions(engine, [ask(number) for number in range(60)])) == 60
     assert sizes[:2] == [4, 2]
     assert sizes[2] == 1
@@ -388,7 +407,7 @@ def test_one_record_that_does_not_fit(
 ) -> None:
     """A smaller budget, alone, and only then the failure row; each step in the log."""
     caplog.set_level("INFO")
-    engine = start(batch_size=4)
+    engine = start(batch_size=4, prefix_sharing=False)
     error = RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
     failing(engine, monkeypatch, lambda ids: ids.shape[1] > 500, error)
     outcomes = drive(engine, [ask(0), ask(1, context="word " * 800), ask(2)])
@@ -403,7 +422,7 @@ def test_one_record_that_does_not_fit(
 
 
 def test_one_bad_row_fails_alone(start: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = start(batch_size=4)
+    engine = start(batch_size=4, prefix_sharing=False)
     bad = max(set(prompt_ids(engine, ask(1, "Zebra?"))) - set(prompt_ids(engine, ask(0))))
     failing(engine, monkeypatch, lambda ids: bool((ids == bad).any()), ValueError("odd shape"))
     outcomes = drive(engine, [ask(0), ask(1, "Zebra?"), ask(2), ask(3)])
@@ -414,7 +433,7 @@ def test_one_bad_row_fails_alone(start: Make, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_lost_gpu_ends_the_engine(start: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = start()
+    engine = start(prefix_sharing=False)
     error = RuntimeError("CUDA error: device-side assert triggered")
     failing(engine, monkeypatch, lambda ids: True, error)
     prepared = engine.prepare(ask(1))
@@ -425,7 +444,7 @@ def test_a_lost_gpu_ends_the_engine(start: Make, monkeypatch: pytest.MonkeyPatch
 
 
 def test_an_interrupt_passes_through(start: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = start()
+    engine = start(prefix_sharing=False)
     failing(engine, monkeypatch, lambda ids: True, KeyboardInterrupt())  # type: ignore[arg-type]
     prepared = engine.prepare(ask(1))
     assert isinstance(prepared, Prepared)
@@ -435,17 +454,17 @@ def test_an_interrupt_passes_through(start: Make, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_logits_that_are_not_numbers(start: Make, temperature: float) -> None:
-    engine = start(temperature=temperature)
+def test_logits_that_are_not_numbers(start: Make, temperature: float, sharing: bool) -> None:
+    engine = start(temperature=temperature, prefix_sharing=sharing)
     assert isinstance(engine, TransformersEngine)
-    engine._model.lm_head.weight.fill_(float("nan"))
+    engine._model.model.norm.weight.fill_(float("nan"))
     failure = drive(engine, [ask(1)])[ask(1).key]
     assert isinstance(failure, Failure)
     assert "not finite" in failure.error
 
 
 def test_abort_while_running(start: Make) -> None:
-    engine = start(batch_size=4, max_new_tokens=NEW)
+    engine = start(batch_size=4, max_new_tokens=NEW, prefix_sharing=False)
     assert isinstance(engine, TransformersEngine)
     count = engine._count
 

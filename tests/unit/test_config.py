@@ -59,6 +59,8 @@ DEFAULTS = {
     "seed": None,
     "stop": (),
     "batch_size": None,
+    "prefix_sharing": "auto",
+    "kv_cache_bytes": None,
     "engine_options": {},
     "max_model_len": None,
     "truncate_context": "error",

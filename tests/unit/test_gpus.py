@@ -189,6 +189,7 @@ def test_cpu_by_choice(options: dict[str, Any]) -> None:
                 "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
                 "OMP_NUM_THREADS": "5",
                 "OMP_WAIT_POLICY": "PASSIVE",
+                "GOMP_SPINCOUNT": "10000",
                 "MKL_NUM_THREADS": "5",
             }
 

@@ -1,12 +1,12 @@
 """How the transformers engine chooses tokens and ends rows.
 
-Owns two hooks of `generate`: a logits processor that draws each row's token from the row's own
-random stream, and a stopping criterion that ends each row on its own. Knows nothing of models or of
-the engine's buffer.
+Owns the draw of each row's token from the row's own random stream (`TokenChooser`), the end of each
+row on its own (`RowEnder`), both as hooks of `generate` (`RowSampler`, `RowStopper`), and the
+outcome of a row. Knows nothing of models or of how rows come together.
 
-Both exist because `generate` has one random stream for a whole batch, and its own stop strings
-want a tokenizer of transformers: with these hooks a request's tokens do not depend on what it is
-batched with, and stop strings are found by the tokenizer that writes the answer.
+`generate` has one random stream for a whole batch, and its own stop strings want a tokenizer of
+transformers: here a request's tokens do not depend on what it is batched with, and stop strings are
+found by the tokenizer that writes the answer.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from transformers import LogitsProcessor, StoppingCriteria
 
-from ragfleet.engines.answers import cut_at_stop
-from ragfleet.engines.protocol import Prepared, SamplingParams
+from ragfleet.engines.answers import cut_at_stop, split_reasoning
+from ragfleet.engines.protocol import Completion, Failure, Outcome, Prepared, SamplingParams
 from ragfleet.tokens import PromptTokenizer
 
 LEAST_TEMPERATURE = 1e-4
@@ -29,7 +29,7 @@ LEAST_TEMPERATURE = 1e-4
 
 
 class Row:
-    """One request while its batch runs."""
+    """One request while its tokens are generated."""
 
     def __init__(self, prepared: Prepared) -> None:
         self.prepared = prepared
@@ -37,6 +37,10 @@ class Row:
         """Generated ids without the end marker."""
         self.num_tokens = 0
         """Generated tokens with the end marker and those of a stop string (vLLM counts so too)."""
+        self.deadline_s = math.inf
+        """Monotonic: generating longer than this is a timeout."""
+        self.cached_tokens = 0
+        """Of its prompt: read for another request already."""
         self.done = False
         self.aborted = False
         self.timed_out = False
@@ -48,58 +52,52 @@ class Row:
         self.stream = random.Random(seed)  # None: seeded by the operating system
 
 
-class RowSampler(LogitsProcessor):  # type: ignore[misc]
-    """Leaves one finite logit per row, so that the argmax of `generate` is the token drawn.
+class TokenChooser:
+    """Draws a token per row: fp32 softmax at `temperature`, the nucleus of `top_p`, then the
+    inverse of the cumulative sum in vocabulary order.
 
-    fp32 softmax at `temperature`, the nucleus of `top_p`, then the inverse of the cumulative sum in
-    vocabulary order: batches differ in rounding, and in this order a difference of 1e-7 moves the
-    draw's bounds by 1e-7, where a sorted order could swap two tokens.
+    Batches differ in rounding, and in vocabulary order a difference of 1e-7 moves the draw's bounds
+    by 1e-7, where a sorted order could swap two tokens.
     """
 
-    def __init__(self, sampling: SamplingParams, rows: Sequence[Row]) -> None:
+    def __init__(self, sampling: SamplingParams) -> None:
         self._temperature = max(sampling.temperature, LEAST_TEMPERATURE)
-        self._greedy = sampling.temperature == 0
+        self.is_greedy = sampling.temperature == 0
         self._top_p = sampling.top_p
-        self._rows = rows
-        self.broken = torch.zeros(0)
-        """[rows] bool: logits of this step that hold NaN, or infinity as their maximum."""
 
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        self.broken = ~torch.isfinite(scores.amax(dim=-1))
-        if self._greedy:
-            return scores
+    def choose(self, scores: torch.Tensor, rows: Sequence[Row]) -> torch.Tensor:
+        """[rows, vocab] logits to [rows] tokens. Rows that are done draw nothing."""
+        if self.is_greedy:
+            return scores.argmax(dim=-1)
         probs = torch.softmax(scores.float() / self._temperature, dim=-1)  # [rows, vocab]
         if self._top_p < 1:
             ordered, index = torch.sort(probs, dim=-1, descending=True, stable=True)
             before = ordered.cumsum(dim=-1) - ordered  # probability of all likelier tokens
             ordered[before >= self._top_p] = 0
             probs = torch.zeros_like(probs).scatter_(-1, index, ordered)
-        draws = [0.0 if row.done else row.stream.random() for row in self._rows]
+        draws = [0.0 if row.done else row.stream.random() for row in rows]
         bounds = probs.double().cumsum(dim=-1)
         wanted = torch.tensor(draws, dtype=torch.float64, device=bounds.device)[:, None]
         # right=True: a draw of 0.0 skips tokens of probability 0.
         token = torch.searchsorted(bounds, wanted * bounds[:, -1:], right=True)
-        token.clamp_(max=probs.shape[-1] - 1)  # NaN rows would point past the vocabulary
-        return torch.full_like(scores, -torch.inf).scatter_(-1, token, 0.0)
+        # NaN rows would point past the vocabulary.
+        return token.clamp_(max=probs.shape[-1] - 1)[:, 0]
 
 
-class RowStopper(StoppingCriteria):  # type: ignore[misc]
-    """Takes each step's tokens and says which rows are done."""
+def not_finite(scores: torch.Tensor) -> torch.Tensor:
+    """[rows] bool: logits that hold NaN, or infinity as their maximum."""
+    return ~torch.isfinite(scores.amax(dim=-1))
+
+
+class RowEnder:
+    """Takes a row's next token and says whether the row is done."""
 
     def __init__(
         self,
-        rows: Sequence[Row],
-        *,
-        sampler: RowSampler,
         tokenizer: PromptTokenizer,
         stops: Sequence[str],
         aborted: Callable[[bytes], bool],
-        on_tokens: Callable[[int], None],
-        deadline_s: float = math.inf,
     ) -> None:
-        """`deadline_s` is monotonic: rows that go on after it have timed out."""
-        self._rows = rows
-        self._sampler = sampler
         self._tokenizer = tokenizer
         self._eos_ids = frozenset(tokenizer.eos_ids)
         self._stops = stops
@@ -107,24 +105,11 @@ class RowStopper(StoppingCriteria):  # type: ignore[misc]
         # four more for the rest of a character cut in two at the window's start.
         self._window = max((len(stop.encode()) for stop in stops), default=0) + 4
         self._aborted = aborted
-        self._on_tokens = on_tokens
-        self._deadline_s = deadline_s
 
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        # One transfer from the device per step.
-        step = torch.stack([input_ids[:, -1], self._sampler.broken.long()]).tolist()
-        fresh = 0
-        for row, token, broken in zip(self._rows, *step, strict=True):
-            if not row.done:
-                fresh += 1
-                self._take(row, token, bool(broken))
-        self._on_tokens(fresh)
-        return torch.tensor([row.done for row in self._rows], device=input_ids.device)
-
-    def _take(self, row: Row, token: int, broken: bool) -> None:
+    def take(self, row: Row, token: int, broken: bool) -> None:
         row.num_tokens += 1
         row.broken = broken
-        row.timed_out = time.monotonic() > self._deadline_s
+        row.timed_out = time.monotonic() > row.deadline_s
         row.aborted = self._aborted(row.prepared.key)
         if token in self._eos_ids:
             row.stopped = True
@@ -141,3 +126,89 @@ class RowStopper(StoppingCriteria):  # type: ignore[misc]
             return False
         # The tail's first characters may read otherwise than in the whole text: the whole decides.
         return cut_at_stop(self._tokenizer.decode(token_ids), self._stops) is not None
+
+
+def outcome_of(
+    row: Row,
+    tokenizer: PromptTokenizer,
+    stops: Sequence[str],
+    request_timeout_s: float | None,
+) -> Outcome:
+    """What a row that is done has come to."""
+    if row.timed_out and not row.stopped:
+        return Failure(
+            key=row.prepared.key,
+            error_type="timeout",
+            error=f"no answer within {request_timeout_s:g} s of generating"
+            f" ({row.num_tokens} tokens until then; --request_timeout_s)",
+        )
+    if row.broken:
+        return Failure(
+            key=row.prepared.key,
+            error_type="generation_error",
+            error="the model's logits are not finite (NaN or infinity)"
+            f" after {row.num_tokens - 1} tokens; try --precision bf16 or fp32",
+        )
+    text = tokenizer.decode(row.token_ids)
+    cut = cut_at_stop(text, stops)
+    reasoning, answer = split_reasoning(text if cut is None else cut, row.prepared.prompt)
+    return Completion(
+        key=row.prepared.key,
+        text=answer,
+        finish_reason="stop" if row.stopped or cut is not None else "length",
+        prompt_tokens=len(row.prepared.token_ids),
+        cached_tokens=row.cached_tokens,
+        completion_tokens=row.num_tokens,
+        reasoning=reasoning,
+        token_ids=tuple(row.token_ids),
+    )
+
+
+# ---- as hooks of `generate`
+
+
+class RowSampler(LogitsProcessor):  # type: ignore[misc]
+    """Leaves one finite logit per row, so that the argmax of `generate` is the token drawn."""
+
+    def __init__(self, sampling: SamplingParams, rows: Sequence[Row]) -> None:
+        self._chooser = TokenChooser(sampling)
+        self._rows = rows
+        self.broken = torch.zeros(0)
+        """[rows] bool: logits of this step that are `not_finite`."""
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        self.broken = not_finite(scores)
+        if self._chooser.is_greedy:
+            return scores
+        token = self._chooser.choose(scores, self._rows)[:, None]
+        return torch.full_like(scores, -torch.inf).scatter_(-1, token, 0.0)
+
+
+class RowStopper(StoppingCriteria):  # type: ignore[misc]
+    """Takes each step's tokens and says which rows are done."""
+
+    def __init__(
+        self,
+        rows: Sequence[Row],
+        *,
+        sampler: RowSampler,
+        tokenizer: PromptTokenizer,
+        stops: Sequence[str],
+        aborted: Callable[[bytes], bool],
+        on_tokens: Callable[[int], None],
+    ) -> None:
+        self._rows = rows
+        self._sampler = sampler
+        self._ender = RowEnder(tokenizer, stops, aborted)
+        self._on_tokens = on_tokens
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        # One transfer from the device per step.
+        step = torch.stack([input_ids[:, -1], self._sampler.broken.long()]).tolist()
+        fresh = 0
+        for row, token, broken in zip(self._rows, *step, strict=True):
+            if not row.done:
+                fresh += 1
+                self._ender.take(row, token, bool(broken))
+        self._on_tokens(fresh)
+        return torch.tensor([row.done for row in self._rows], device=input_ids.device)

@@ -75,6 +75,10 @@ class EngineSpec:
     """Options in the engine's own words; vLLM has them."""
     gpu_memory_bytes: int | None = None
     """This worker's part of each of its GPUs, where workers share them; None: it has them alone."""
+    prefix_sharing: bool = True
+    """Whether the transformers engine may read what prompts share once."""
+    kv_cache_bytes: int | None = None
+    """Memory for keys and values of that; None: chosen from the machine's memory."""
     max_model_len: int | None = None
     trust_remote_code: bool = False
     max_retries: int = 2

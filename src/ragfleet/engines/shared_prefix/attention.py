@@ -1,0 +1,132 @@
+"""Attention in parts, and how a model's own forward comes to use it.
+
+Owns the kernel for one part (queries over one range of keys) with its log-sum-exp, the exact merge
+of parts (Hydragen, arXiv 2402.05099), and the function that transformers calls in every layer.
+Knows nothing of slots, pools or passes: those come as an object with an `attend` method.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any, Final, Protocol
+
+import torch
+from transformers import AttentionInterface
+
+log = logging.getLogger(__name__)
+
+NAME: Final = "ragfleet_shared_prefix"
+"""Unknown to transformers' table of masks, so that it makes none."""
+MASKED: Final = -1e30
+"""Added to scores that must not count. Infinity would make NaN of rows with nothing to see."""
+
+
+class Attending(Protocol):
+    """What a forward hands down to each layer's attention as `shared_prefix`."""
+
+    def attend(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scaling: float,
+    ) -> torch.Tensor:
+        """query [tokens, heads, dim], key and value [tokens, kv_heads, dim], positions applied;
+        returns [tokens, heads, dim]."""
+        ...
+
+    def check(self, module: Any, key: torch.Tensor, value: torch.Tensor, **others: Any) -> None:
+        """Raises where a layer wants what is not computed here."""
+        ...
+
+
+def attention_forward(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    *,
+    shared_prefix: Attending,
+    **others: Any,
+) -> tuple[torch.Tensor, None]:
+    """Of transformers' attention interface: [1, heads, tokens, dim] to [1, tokens, heads, dim]."""
+    shared_prefix.check(module, key, value, attention_mask=attention_mask, **others)
+    if scaling is None:
+        scaling = query.shape[-1] ** -0.5
+    out = shared_prefix.attend(
+        module.layer_idx,
+        query[0].transpose(0, 1),
+        key[0].transpose(0, 1),
+        value[0].transpose(0, 1),
+        scaling,
+    )
+    return out[None], None
+
+
+def register() -> None:
+    """Make `NAME` known to transformers. Once or many times."""
+    AttentionInterface.register(NAME, attention_forward)
+
+
+def attend_part(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float, causal: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """[a, b, queries, dim] over [a, b, keys, dim], any strides: outputs [a, b, queries, dim], and
+    the fp32 log-sum-exp of the scores [a, b, queries].
+
+    `causal`: queries and keys are the same tokens. With fewer queries than keys the kernel would
+    align them at the first key, so what stands before is always a part of its own.
+    """
+    if _FLASH is not None and not query.is_cuda:
+        out, lse = _FLASH(query, key, value, 0.0, causal, scale=scaling)
+        return out, lse
+    return plain_part(query, key, value, scaling, causal)
+
+
+def plain_part(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float, causal: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`attend_part` in torch's public operations, for versions without the fused one."""
+    scores = torch.matmul(query, key.transpose(-1, -2)).float() * scaling
+    if causal:
+        count = query.shape[-2]
+        later = torch.ones(count, count, dtype=torch.bool, device=query.device).triu(1)
+        scores = scores.masked_fill(later, MASKED)
+    lse = torch.logsumexp(scores, dim=-1)
+    probs = (scores - lse[..., None]).exp()
+    return torch.matmul(probs.to(value.dtype), value), lse
+
+
+def merge(
+    out: torch.Tensor, lse: torch.Tensor, other: torch.Tensor, other_lse: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two parts over different keys as if they were one: outputs [..., dim], log-sums [...]."""
+    weight = torch.sigmoid(other_lse - lse)[..., None].to(out.dtype)
+    return torch.lerp(out, other, weight), torch.logaddexp(lse, other_lse)
+
+
+def _find_flash() -> Any | None:
+    """torch's fused CPU attention that also returns the log-sum-exp. It is private, so it is tried
+    on known numbers first; a version in which it is missing or differs gets `plain_part`."""
+    try:
+        flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+        numbers = torch.arange(48, dtype=torch.float32).reshape(1, 2, 6, 4).sin()
+        got = flash(numbers, numbers[:, :1].expand(1, 2, 6, 4), numbers, 0.0, True, scale=0.5)
+        wanted = plain_part(numbers, numbers[:, :1].expand(1, 2, 6, 4), numbers, 0.5, True)
+        for one, other in zip(got, wanted, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+    except (AttributeError, RuntimeError, TypeError, AssertionError, ValueError) as error:
+        log.warning(
+            "torch %s has no fused CPU attention as it is used here, a slower way is taken: %s",
+            torch.__version__,
+            error,
+        )
+        return None
+    return flash
+
+
+_FLASH = _find_flash()

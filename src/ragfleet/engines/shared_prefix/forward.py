@@ -1,0 +1,71 @@
+"""One pass through the model's own forward.
+
+Owns the model's state while the loop uses it: the name of its attention, its packed weights, its
+trimmed last layer. `plain` gives the model back as transformers made it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from ragfleet.engines.shared_prefix import attention
+from ragfleet.engines.shared_prefix.packing import (
+    Wanted,
+    pack_weights,
+    restore_last_layer,
+    trim_last_layer,
+    unpack_weights,
+)
+from ragfleet.engines.shared_prefix.passes import TensorPass
+
+
+class Forward:
+    """A model made ready for passes."""
+
+    def __init__(self, model: Any, *, pack: bool = True) -> None:
+        attention.register()
+        self._model = model
+        self._plain_attention = model.config._attn_implementation
+        self.why_not_packed = pack_weights(model) if pack else "not asked for"
+        self._wanted: Wanted = trim_last_layer(model)
+        self._use(attention.NAME)
+
+    def __call__(self, tensors: TensorPass) -> torch.Tensor:
+        """Logits [len(tensors.slots), vocab]; keys and values are written by the way."""
+        everything = len(tensors.logit_rows) == tensors.num_tokens
+        self._wanted.rows = None if everything else tensors.logit_rows
+        with torch.inference_mode():
+            out = self._model(
+                input_ids=tensors.input_ids,
+                position_ids=tensors.position_ids,
+                use_cache=False,
+                logits_to_keep=tensors.logit_rows,
+                shared_prefix=tensors,
+            )
+        logits: torch.Tensor = out.logits[0, : len(tensors.slots)]
+        return logits
+
+    @contextmanager
+    def plain(self) -> Iterator[None]:
+        """For `generate`: transformers' own attention, every token in the last layer."""
+        self._wanted.rows = None
+        self._use(self._plain_attention)
+        try:
+            yield
+        finally:
+            self._use(attention.NAME)
+
+    def undo(self) -> None:
+        """The model as it was."""
+        restore_last_layer(self._model)
+        unpack_weights(self._model)
+        self._use(self._plain_attention)
+
+    def _use(self, name: str) -> None:
+        # The setter for users also looks for kernels to download; this is what it does in the end.
+        for config in (self._model.config, self._model.config.get_text_config()):
+            config._attn_implementation = name

@@ -1,0 +1,241 @@
+"""The loop: submitted requests in, outcomes out, one pass after the other.
+
+Owns what happens between a pass of the scheduler and a row's outcome. Where a pass fails, the
+requests in it go to the plain loop, which tries them one by one; see `SharedPrefixLoop.step`.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable
+from typing import Any, Final
+
+import torch
+
+from ragfleet.engines.batched import BatchedLoop
+from ragfleet.engines.decoding import Row, RowEnder, TokenChooser, not_finite, outcome_of
+from ragfleet.engines.protocol import EngineSpec, Failure, Outcome, Prepared, RequestKey
+from ragfleet.engines.shared_prefix.cache import (
+    KeyValueCache,
+    Shape,
+    default_budget_bytes,
+    limits_within,
+)
+from ragfleet.engines.shared_prefix.forward import Forward
+from ragfleet.engines.shared_prefix.passes import TensorPass
+from ragfleet.engines.shared_prefix.scheduler import Limits, Scheduler
+from ragfleet.engines.shared_prefix.support import Unsupported, ready
+from ragfleet.errors import ModelError
+from ragfleet.tokens import PromptTokenizer
+
+log = logging.getLogger(__name__)
+
+NUM_SLOTS: Final = 64
+"""Decoded together unless --batch_size says otherwise: the products are then bound by arithmetic,
+no longer by reading the weights."""
+LOOKAHEAD: Final = 2
+"""Waiting requests per slot: enough to see the end of a group, and what the next ones share."""
+MOST_FAILURES: Final = 3
+"""So many failed passes, and all further requests take the plain loop."""
+
+
+class SharedPrefixLoop:
+    """`protocol.Engine` without loading and preparing."""
+
+    def __init__(
+        self,
+        spec: EngineSpec,
+        forward: Forward,
+        shape: Shape,
+        limits: Limits,
+        tokenizer: PromptTokenizer,
+        stops: tuple[str, ...],
+        plain: BatchedLoop,
+        on_tokens: Callable[[int], None],
+    ) -> None:
+        self._spec = spec
+        self._forward = forward
+        self._tokenizer = tokenizer
+        self._stops = stops
+        self._plain = plain
+        self._on_tokens = on_tokens
+        self._scheduler = Scheduler(limits)
+        self._cache = KeyValueCache(shape, limits)
+        self._chooser = TokenChooser(spec.sampling)
+        self._aborted: set[RequestKey] = set()
+        self._ender = RowEnder(tokenizer, stops, self._aborted.__contains__)
+        self._rows: dict[RequestKey, Row] = {}
+        self._last_tokens: dict[int, int] = {}
+        self._num_failures = 0
+        self._timeout_s = spec.request_timeout_s or math.inf
+        self.batch_size = limits.num_slots
+
+    @property
+    def notes(self) -> list[str]:
+        """Lines for the log."""
+        limits = self._scheduler.limits
+        notes = [
+            f"shared prefixes are read once: {limits.num_slots} slots and {limits.pool_tokens:,}"
+            f" pooled tokens, {self._cache.num_bytes:,} bytes of keys and values"
+        ]
+        if self._forward.why_not_packed is not None:
+            notes.append(f"the weights are not packed: {self._forward.why_not_packed}")
+        return notes
+
+    def refusal(self, prepared: Prepared) -> Failure | None:
+        """Why a prompt is not for the budget that was asked for."""
+        num_tokens = len(prepared.token_ids)
+        if self._spec.kv_cache_bytes is None or self._scheduler.fits(num_tokens):
+            return None
+        return Failure(
+            key=prepared.key,
+            error_type="too_long",
+            error=f"the prompt has {num_tokens} tokens; --kv_cache_bytes"
+            f" {self._spec.kv_cache_bytes} has room for the keys and values of"
+            f" {self._scheduler.limits.pool_tokens} beside those of the answers",
+        )
+
+    @property
+    def _is_plain(self) -> bool:
+        return self._num_failures >= MOST_FAILURES
+
+    def has_room(self, prepared: Prepared) -> bool:
+        if self._is_plain or not self._scheduler.fits(len(prepared.token_ids)):
+            return self._plain.has_room(prepared)
+        return self._scheduler.num_waiting < LOOKAHEAD * self.batch_size
+
+    def submit(self, prepared: Prepared) -> None:
+        # What is too long for the budget that was chosen here is answered all the same.
+        if self._is_plain or not self._scheduler.fits(len(prepared.token_ids)):
+            self._plain.submit(prepared)
+            return
+        self._rows[prepared.key] = Row(prepared)
+        self._scheduler.submit(prepared.key, prepared.token_ids)
+
+    def step(self, timeout_s: float) -> list[Outcome]:
+        """Passes until a request is finished, or `timeout_s` is over."""
+        deadline_s = time.monotonic() + timeout_s
+        while True:
+            if self._plain.has_work:
+                with self._forward.plain():
+                    return self._plain.step(timeout_s)
+            outcomes = self._pass()
+            if outcomes or not self._rows or time.monotonic() > deadline_s:
+                return outcomes
+
+    def abort(self, key: RequestKey) -> None:
+        if self._scheduler.drop(key):
+            del self._rows[key]
+        elif key in self._rows:
+            self._aborted.add(key)
+        else:
+            self._plain.abort(key)
+
+    def close(self) -> None:
+        if self._scheduler.prompt_tokens:
+            log.info(self.summary())
+        self._rows.clear()
+        self._plain.close()
+
+    def summary(self) -> str:
+        done = self._scheduler
+        return (
+            f"read {done.read_tokens:,} of {done.prompt_tokens:,} prompt tokens, the rest was"
+            f" shared; {self._cache.num_bytes:,} bytes of keys and values, at most"
+            f" {done.peak_pool_tokens:,} of {done.limits.pool_tokens:,} pooled tokens in use"
+        )
+
+    # ---- a pass
+
+    def _pass(self) -> list[Outcome]:
+        scheduled = self._scheduler.next_pass()
+        if not scheduled.num_tokens:
+            return []
+        try:
+            tensors = TensorPass(scheduled, self._last_tokens, self._cache)
+            logits = self._forward(tensors)
+        except Exception as error:  # a model's forward can raise anything
+            message = f"{type(error).__name__}: {error}"
+        else:
+            return self._take(tensors, logits) if tensors.slots else []
+        self._fall_back(message)
+        return []
+
+    def _take(self, tensors: TensorPass, logits: torch.Tensor) -> list[Outcome]:
+        """Choose a token for each slot; outcomes of the rows that it ends."""
+        rows = [self._rows[self._scheduler.key_of(slot)] for slot in tensors.slots]
+        tokens = self._chooser.choose(logits, rows).tolist()
+        broken = not_finite(logits).tolist()
+        self._on_tokens(len(rows))
+        outcomes: list[Outcome] = []
+        for row, slot, token, is_broken in zip(rows, tensors.slots, tokens, broken, strict=True):
+            if not row.num_tokens:
+                row.deadline_s = time.monotonic() + self._timeout_s
+                row.cached_tokens = self._scheduler.cached_tokens(slot)
+            self._ender.take(row, token, is_broken)
+            self._last_tokens[slot] = token
+            if row.done or row.num_tokens >= self._spec.sampling.max_new_tokens:
+                self._finish(row, slot, outcomes)
+        return outcomes
+
+    def _finish(self, row: Row, slot: int, outcomes: list[Outcome]) -> None:
+        key = row.prepared.key
+        self._scheduler.release(slot)
+        if row.broken:
+            self._cache.taint(slot)
+        del self._rows[key]
+        self._aborted.discard(key)
+        if not row.aborted:
+            outcomes.append(
+                outcome_of(row, self._tokenizer, self._stops, self._spec.request_timeout_s)
+            )
+
+    def _fall_back(self, message: str) -> None:
+        """The plain loop answers the requests of a failed pass: it finds out whose fault it is."""
+        self._num_failures += 1
+        keys = self._scheduler.take_back()
+        log.warning(
+            "a shared-prefix pass failed, its %d requests are answered in plain batches%s: %s",
+            len(keys),
+            ", and so are all that follow" if self._is_plain else "",
+            message,
+        )
+        if self._is_plain:
+            keys += self._scheduler.take_waiting()
+        for key in keys:
+            row = self._rows.pop(key)
+            if key not in self._aborted:
+                self._plain.submit(row.prepared)
+            self._aborted.discard(key)
+
+
+def make_loop(
+    spec: EngineSpec,
+    model: Any,
+    tokenizer: PromptTokenizer,
+    stops: tuple[str, ...],
+    max_model_len: int | None,
+    plain: BatchedLoop,
+    on_tokens: Callable[[int], None],
+) -> SharedPrefixLoop:
+    """Raises Unsupported, `model` being as it was; ModelError: --kv_cache_bytes is too small."""
+    forward = ready(model, max_model_len)
+    shape = Shape.of(model)
+    sizes: Any = {
+        "num_slots": spec.batch_size or NUM_SLOTS,
+        "max_new_tokens": spec.sampling.max_new_tokens,
+        "max_model_len": max_model_len,
+    }
+    budget = spec.kv_cache_bytes
+    if budget is None:
+        budget = default_budget_bytes(shape, **sizes, num_threads=spec.num_threads)
+    try:
+        limits = limits_within(budget, shape, **sizes)
+    except ValueError as error:
+        forward.undo()
+        if spec.kv_cache_bytes is None:
+            raise Unsupported(f"there is too little memory: {error}") from None
+        raise ModelError(f"--kv_cache_bytes is too small: {error}.") from None
+    return SharedPrefixLoop(spec, forward, shape, limits, tokenizer, stops, plain, on_tokens)

@@ -1,0 +1,336 @@
+"""What the next pass of the loop reads and decodes. Pure: no tensors, no clock.
+
+Owns admission, slots and eviction. A request is admitted, first come first served, when a slot is
+free and the pool has room for what it alone needs; what it shares is charged once. A pass holds one
+decode step of every running slot, and as many prompt tokens of newly admitted requests as fit, so
+that a slot is filled again in the pass after it became free.
+
+A slot has room for the longest answer from the start: what was admitted always finishes.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+from ragfleet.engines.protocol import RequestKey
+from ragfleet.engines.shared_prefix.pool import Pool
+from ragfleet.engines.shared_prefix.prefixes import (
+    ID_BYTES,
+    MOST_SHARED_LEVELS,
+    Node,
+    PrefixTree,
+    pack,
+    shared_ends,
+)
+
+OWN_TOKENS: Final = 64
+"""Most prompt tokens that stand in a slot, beside the answer; longer rests get a node."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What there is room for."""
+
+    num_slots: int
+    max_new_tokens: int
+    pool_tokens: int
+    pass_tokens: int
+    """Most tokens of a pass, unless the running slots alone are more."""
+    own_tokens: int = OWN_TOKENS
+
+    @property
+    def slot_tokens(self) -> int:
+        """Places of a slot: own prompt tokens, then the answer."""
+        return self.own_tokens + self.max_new_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Range:
+    """Tokens of the pool."""
+
+    offset: int
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Consecutive prompt tokens to read in a pass: one request's own, or a piece of a node."""
+
+    token_ids: Sequence[int]
+    position: int
+    """Of the first of them in its prompt."""
+    reads: tuple[Range, ...]
+    """What stands before them."""
+    pool_offset: int = -1
+    """Where their keys and values go; -1 for into a slot, from its first place on."""
+    slot: int = -1
+    """The slot whose first token the last of them gives; -1 for a node's."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A slot that decodes one token."""
+
+    slot: int
+    position: int
+    column: int
+    """Place in the slot."""
+    reads: tuple[Range, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """One forward: rows first, those with common ranges side by side; then runs."""
+
+    rows: Sequence[Row]
+    runs: Sequence[Run]
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.rows) + sum(len(run.token_ids) for run in self.runs)
+
+
+@dataclass(slots=True, eq=False)
+class _Entry:
+    """A request from submit to release."""
+
+    key: RequestKey
+    token_ids: Sequence[int]
+    packed: bytes
+    chain: list[Node] = field(default_factory=list)
+    slot: int = -1
+    column: int = 0
+    """Next free place in its slot."""
+    cached_tokens: int = 0
+    """Of its prompt, in nodes that were there, or planned, when it was admitted."""
+
+    @property
+    def begin(self) -> int:
+        """First token of its own."""
+        return self.chain[-1].end if self.chain else 0
+
+
+class Scheduler:
+    """The state machine. `submit`, then `next_pass` and `release` in turn."""
+
+    def __init__(self, limits: Limits) -> None:
+        self.limits = limits
+        self.prompt_tokens = 0
+        """Of admitted requests, shared or not."""
+        self.read_tokens = 0
+        """Prompt tokens that passes have read."""
+        self._tree = PrefixTree()
+        self._pool = Pool(limits.pool_tokens)
+        self._slots = list(range(limits.num_slots))  # a heap: low slots first
+        self._waiting: deque[_Entry] = deque()
+        self._reading: deque[Node | _Entry] = deque()
+        self._running: dict[int, _Entry] = {}
+
+    def fits(self, num_tokens: int) -> bool:
+        """Whether a prompt of so many tokens can be admitted at all."""
+        return num_tokens - 1 <= self.limits.pool_tokens
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def num_admitted(self) -> int:
+        return self.limits.num_slots - len(self._slots)
+
+    @property
+    def peak_pool_tokens(self) -> int:
+        return self._pool.peak_tokens
+
+    def submit(self, key: RequestKey, token_ids: Sequence[int]) -> None:
+        """Raises ValueError for what can't be admitted."""
+        if not token_ids or not self.fits(len(token_ids)):
+            raise ValueError(f"a prompt of {len(token_ids)} tokens")
+        self._waiting.append(_Entry(key, token_ids, pack(token_ids)))
+
+    def key_of(self, slot: int) -> RequestKey:
+        """The request that holds a slot, from its first run on."""
+        return self._running[slot].key
+
+    def cached_tokens(self, slot: int) -> int:
+        """Of the prompt in `slot`: what it did not have to read because another one had."""
+        return self._running[slot].cached_tokens
+
+    def next_pass(self) -> Pass:
+        """One step of all that runs, and the next prompt tokens. Without tokens: nothing to do.
+
+        What it returns counts as done: see `take_back` for a pass that failed.
+        """
+        rows = [
+            (tuple(node.number for node in entry.chain), slot)
+            for slot, entry in self._running.items()
+        ]
+        decoding = [self._row(self._running[slot]) for _, slot in sorted(rows)]
+        return Pass(decoding, self._next_runs(self.limits.pass_tokens - len(decoding)))
+
+    def release(self, slot: int) -> None:
+        """The request in `slot` is finished, or no longer wanted."""
+        entry = self._running.pop(slot)
+        heapq.heappush(self._slots, slot)
+        if entry.chain:
+            entry.chain[-1].users -= 1
+
+    def drop(self, key: RequestKey) -> bool:
+        """Forget a request that waits; False for one that was admitted, or that nobody knows."""
+        kept = [entry for entry in self._waiting if entry.key != key]
+        dropped = len(kept) < len(self._waiting)
+        self._waiting = deque(kept)
+        return dropped
+
+    def take_back(self) -> list[RequestKey]:
+        """Forget all that was admitted, and every node; their keys, for another engine."""
+        entries = [one for one in self._reading if isinstance(one, _Entry)]
+        keys = [entry.key for entry in (*self._running.values(), *entries)]
+        self._reading.clear()
+        self._running.clear()
+        self._slots = list(range(self.limits.num_slots))
+        self._tree = PrefixTree()
+        self._pool = Pool(self.limits.pool_tokens)
+        return keys
+
+    def take_waiting(self) -> list[RequestKey]:
+        """Forget all that waits; their keys."""
+        keys = [entry.key for entry in self._waiting]
+        self._waiting.clear()
+        return keys
+
+    # ---- a pass
+
+    def _row(self, entry: _Entry) -> Row:
+        row = Row(
+            slot=entry.slot,
+            position=entry.begin + entry.column,
+            column=entry.column,
+            reads=_ranges(entry.chain),
+        )
+        entry.column += 1
+        return row
+
+    def _next_runs(self, num_tokens: int) -> list[Run]:
+        runs: list[Run] = []
+        while num_tokens > 0 and (self._reading or self._admit()):
+            first = self._reading[0]
+            if isinstance(first, _Entry):
+                run = self._own_run(first)
+                if runs and len(run.token_ids) > num_tokens:
+                    break
+                self._reading.popleft()
+                first.column = len(run.token_ids)
+                self._running[first.slot] = first
+            else:
+                run = self._node_run(first, num_tokens)
+                if first.planned == first.length:
+                    self._reading.popleft()
+            runs.append(run)
+            num_tokens -= len(run.token_ids)
+            self.read_tokens += len(run.token_ids)
+        return runs
+
+    def _own_run(self, entry: _Entry) -> Run:
+        return Run(
+            token_ids=entry.token_ids[entry.begin :],
+            position=entry.begin,
+            reads=_ranges(entry.chain),
+            slot=entry.slot,
+        )
+
+    def _node_run(self, node: Node, num_tokens: int) -> Run:
+        done = node.planned
+        node.planned = min(node.length, done + num_tokens)
+        piece = memoryview(node.packed[done * ID_BYTES : node.planned * ID_BYTES]).cast("I")
+        before = _ranges(_chain_of(node.parent))
+        return Run(
+            token_ids=piece.tolist(),
+            position=node.begin + done,
+            reads=(*before, Range(node.offset, done)) if done else before,
+            pool_offset=node.offset + done,
+        )
+
+    # ---- admission
+
+    def _admit(self) -> bool:
+        """Give the first waiting request a slot, and places in the pool; False if it must wait."""
+        if not self._waiting or not self._slots:
+            return False
+        entry = self._waiting[0]
+        chain = self._tree.match(entry.packed)
+        new = self._grow(entry, chain)
+        if new is None and not self.num_admitted:
+            # Nothing will come free by waiting, so what is left of others goes: then it fits.
+            self._evict_all()
+            chain = []
+            new = self._grow(entry, chain)
+        if new is None:
+            return False
+        self._waiting.popleft()
+        self._reading += new
+        entry.chain = chain + new
+        entry.cached_tokens = chain[-1].end if chain else 0
+        self._tree.touch(entry.chain)
+        if entry.chain:
+            entry.chain[-1].users += 1
+        entry.slot = heapq.heappop(self._slots)
+        self._reading.append(entry)
+        self.prompt_tokens += len(entry.token_ids)
+        return True
+
+    def _grow(self, entry: _Entry, chain: Sequence[Node]) -> list[Node] | None:
+        """New nodes for `entry` below `chain`; None, and none made, when the pool is too full."""
+        begin = chain[-1].end if chain else 0
+        others = (other.packed for other in self._waiting if other is not entry)
+        levels = MOST_SHARED_LEVELS - len(chain)
+        own_tokens = self.limits.own_tokens
+        ends = shared_ends(entry.packed, others, begin, levels, own_tokens) if levels > 0 else []
+        last = len(entry.token_ids) - 1
+        if last + 1 - (ends[-1] if ends else begin) > own_tokens:
+            ends.append(last)
+        new: list[Node] = []
+        for end in ends:
+            offset = self._place(end - begin, [*chain, *new])
+            if offset is None:
+                for node in reversed(new):
+                    self._discard(node)
+                return None
+            parent = new[-1] if new else chain[-1] if chain else None
+            piece = entry.packed[begin * ID_BYTES : end * ID_BYTES]
+            new.append(self._tree.add(piece, parent, offset))
+            begin = end
+        return new
+
+    def _place(self, length: int, spared: Sequence[Node]) -> int | None:
+        """Room for `length` tokens, evicting what nothing stands on, the longest unused first."""
+        while (offset := self._pool.take(length)) is None:
+            node = self._tree.unused(spared)
+            if node is None:
+                return None
+            self._discard(node)
+        return offset
+
+    def _discard(self, node: Node) -> None:
+        self._tree.remove(node)
+        self._pool.give_back(node.offset, node.length)
+
+    def _evict_all(self) -> None:
+        while (node := self._tree.unused()) is not None:
+            self._discard(node)
+
+
+def _chain_of(node: Node | None) -> list[Node]:
+    chain: list[Node] = []
+    while node is not None:
+        chain.append(node)
+        node = node.parent
+    return chain[::-1]
+
+
+def _ranges(chain: Iterable[Node]) -> tuple[Range, ...]:
+    return tuple(Range(node.offset, node.length) for node in chain)

@@ -1,0 +1,177 @@
+"""Which models the shared-prefix loop computes right.
+
+Owns the check of a model's configuration, of what its layers ask of their attention, and the
+self-check: logits of packed passes against the model's plain forward. What is not known to be right
+is refused with a reason, and the engine then takes plain batches.
+"""
+
+from __future__ import annotations
+
+import inspect
+import random
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+import torch
+
+from ragfleet.engines.shared_prefix.cache import KeyValueCache, Shape
+from ragfleet.engines.shared_prefix.forward import Forward
+from ragfleet.engines.shared_prefix.passes import TensorPass
+from ragfleet.engines.shared_prefix.scheduler import Limits, Pass, Scheduler
+
+TOLERANCE: Final = {torch.float32: 1e-3, torch.bfloat16: 0.1}
+"""Largest difference of logits, relative to their spread over the vocabulary."""
+_ROPE_BY_LENGTH: Final = ("dynamic", "longrope")
+"""Angles that depend on the longest position of a forward, which packed prompts share."""
+_HARMLESS: Final = frozenset({"position_ids", "cache_position", "is_causal", "position_embeddings"})
+
+
+class Unsupported(Exception):
+    """Why the loop can't take this model; one line for the log."""
+
+
+def check_config(model: Any) -> None:
+    """Raises Unsupported for what the configuration tells."""
+    config = model.config.get_text_config()
+    kind = config.model_type
+    if model.device.type != "cpu":
+        raise Unsupported("it has not been proved on GPUs yet")
+    if model.dtype not in TOLERANCE:
+        raise Unsupported(f"it computes in fp32 and bf16, not {model.dtype}")
+    if getattr(model.config, "quantization_config", None) is not None:
+        raise Unsupported("the weights are quantised")
+    others = sorted(set(getattr(config, "layer_types", None) or ()) - {"full_attention"})
+    if others:
+        raise Unsupported(f"{kind} has layers of {', '.join(others)}")
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    rope_type = rope.get("rope_type", rope.get("type"))
+    if rope_type in _ROPE_BY_LENGTH:
+        raise Unsupported(f"{kind} has {rope_type} positions, which depend on the prompt's length")
+    if not getattr(model, "_supports_attention_backend", False):
+        raise Unsupported(f"{kind} has no exchangeable attention in this version of transformers")
+    parameters = inspect.signature(model.forward).parameters
+    missing = {"position_ids", "logits_to_keep", "use_cache"} - parameters.keys()
+    if missing:
+        raise Unsupported(f"{kind} takes no {', '.join(sorted(missing))}")
+
+
+class ProbePass(TensorPass):
+    """A pass that also looks at what each layer wants of its attention."""
+
+    def __init__(
+        self,
+        scheduled: Pass,
+        last_tokens: Mapping[int, int],
+        cache: KeyValueCache,
+        max_model_len: int | None,
+    ) -> None:
+        super().__init__(scheduled, last_tokens, cache)
+        self._max_model_len = max_model_len
+        self.layers: list[int] = []
+
+    def check(self, module: Any, key: torch.Tensor, value: torch.Tensor, **others: Any) -> None:
+        self.layers.append(module.layer_idx)
+        kind = type(module).__name__
+        heads, dim = self._cache.pool.shape[3:]
+        for states in (key, value):
+            if states.shape[1::2] != (heads, dim):
+                raise Unsupported(f"{kind} has keys and values of {tuple(states.shape)}")
+        if not getattr(module, "is_causal", True):
+            raise Unsupported(f"{kind} is not causal")
+        window = others.pop("sliding_window", None)
+        if window is not None and (self._max_model_len is None or window < self._max_model_len):
+            raise Unsupported(f"{kind} has a sliding window of {window} tokens")
+        for name, other in others.items():
+            strange = isinstance(other, (torch.Tensor, float)) or (
+                type(other) is int and name not in ("layer_idx",)
+            )
+            if name not in _HARMLESS and strange:
+                raise Unsupported(f"{kind} wants {name} of its attention")
+
+
+def plain_logits(model: Any, prompts: Sequence[Sequence[int]]) -> list[torch.Tensor]:
+    """[tokens, vocab] of each prompt: batch size 1, no cache. Taken before anything is changed."""
+    with torch.inference_mode():
+        return [
+            model(input_ids=torch.tensor([prompt], device=model.device), use_cache=False).logits[0]
+            for prompt in prompts
+        ]
+
+
+def probe_prompts(vocab_size: int) -> list[list[int]]:
+    """Two that share their first 21 tokens, one alone; the last two of each are the answer."""
+    rng = random.Random(20)
+    ids = range(min(vocab_size, 30_000))
+    head = rng.choices(ids, k=21)
+    return [head + rng.choices(ids, k=7), head + rng.choices(ids, k=3), rng.choices(ids, k=12)]
+
+
+ANSWER: Final = 2
+"""Tokens of a probe prompt that are fed one by one."""
+
+
+def self_check(
+    forward: Forward,
+    shape: Shape,
+    prompts: Sequence[Sequence[int]],
+    expected: Sequence[torch.Tensor],
+    max_model_len: int | None,
+) -> None:
+    """Raises Unsupported unless passes give the logits of the plain forward."""
+    limits = Limits(
+        num_slots=len(prompts),
+        max_new_tokens=ANSWER + 1,
+        pool_tokens=64,
+        pass_tokens=19,  # so that the head is read in two pieces, and slots fill one by one
+        own_tokens=8,  # so that the lonely prompt gets a node
+    )
+    scheduler, cache = Scheduler(limits), KeyValueCache(shape, limits)
+    for number, prompt in enumerate(prompts):
+        scheduler.submit(bytes([number]), prompt[:-ANSWER])
+    fed: dict[int, int] = {}
+    last_tokens: dict[int, int] = {}
+    while (scheduled := scheduler.next_pass()).num_tokens:
+        tensors = ProbePass(scheduled, last_tokens, cache, max_model_len)
+        logits = forward(tensors)
+        if sorted(tensors.layers) != list(range(shape.num_layers)):
+            raise Unsupported(
+                f"{len(set(tensors.layers))} of {shape.num_layers} layers have an attention that"
+                " can be exchanged"
+            )
+        for slot, ours in zip(tensors.slots, logits, strict=True):
+            number = scheduler.key_of(slot)[0]
+            count = fed.setdefault(number, 0)
+            at = len(prompts[number]) - ANSWER + count
+            _compare(ours, expected[number][at - 1])
+            fed[number] += 1
+            if count == ANSWER:
+                scheduler.release(slot)
+            else:
+                last_tokens[slot] = prompts[number][at]
+    assert fed == dict.fromkeys(range(len(prompts)), ANSWER + 1)
+
+
+def _compare(ours: torch.Tensor, plain: torch.Tensor) -> None:
+    spread = (plain.float() - plain.float().mean()).norm()
+    difference = float((ours.float() - plain.float()).norm() / spread)
+    if not difference <= TOLERANCE[plain.dtype]:  # NaN is not
+        raise Unsupported(
+            f"its logits differ from the model's plain forward by {difference:.2g} of their spread"
+        )
+
+
+def ready(model: Any, max_model_len: int | None, *, pack: bool = True) -> Forward:
+    """`model`, changed for passes and proved; unchanged where this raises Unsupported."""
+    check_config(model)
+    prompts = probe_prompts(model.get_input_embeddings().weight.shape[0])
+    expected = plain_logits(model, prompts)
+    forward = Forward(model, pack=pack)
+    try:
+        self_check(forward, Shape.of(model), prompts, expected, max_model_len)
+    except Unsupported:
+        forward.undo()
+        raise
+    except Exception as error:  # a model's forward can raise anything
+        forward.undo()
+        raise Unsupported(f"{type(error).__name__}: {error}".splitlines()[0]) from error
+    return forward

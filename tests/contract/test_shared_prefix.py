@@ -1,0 +1,421 @@
+"""The shared-prefix loop: token for token plain `generate`, within its budget, or not used."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import torch
+from driving import Make, ask, drive
+
+from models import Reference, changed_copy, make_model
+from ragfleet.engines.protocol import Completion, Engine, Failure, Prepared
+from ragfleet.engines.shared_prefix import attention, loop, packing
+from ragfleet.engines.shared_prefix.cache import Shape, limits_within
+from ragfleet.engines.shared_prefix.loop import SharedPrefixLoop
+from ragfleet.engines.transformers import TransformersEngine
+from ragfleet.errors import ModelError
+from ragfleet.tokens import load_tokenizer
+
+NEW = 10
+BYTES_PER_TOKEN = 2 * 2 * 2 * 16 * 4
+"""Of the small models: K and V, 2 layers, 2 heads of 16 in fp32."""
+
+
+def answer(engine: Engine, prompts: Sequence[Sequence[int]]) -> list[Completion]:
+    """Drives an engine with prompts given as ids."""
+    requests = [ask(number) for number in range(len(prompts))]
+    prepare = engine.prepare
+
+    def prepared(request: Any) -> Prepared | Failure:
+        made = prepare(request)
+        assert isinstance(made, Prepared)
+        ids = tuple(prompts[int.from_bytes(request.key, "big")])
+        return msgspec.structs.replace(made, token_ids=ids)
+
+    engine.prepare = prepared  # type: ignore[method-assign]
+    try:
+        outcomes = drive(engine, requests)
+    finally:
+        engine.prepare = prepare  # type: ignore[method-assign]
+    found = [outcomes[request.key] for request in requests]
+    assert all(isinstance(one, Completion) for one in found), found
+    return found  # type: ignore[return-value]
+
+
+def loop_of(engine: Engine) -> SharedPrefixLoop:
+    assert isinstance(engine, TransformersEngine)
+    assert isinstance(engine._loop, SharedPrefixLoop), "plain batches"
+    return engine._loop
+
+
+def ids(rng: random.Random, count: int) -> list[int]:
+    return rng.choices(range(4, 2000), k=count)
+
+
+def prompt_sets() -> dict[str, list[list[int]]]:
+    rng = random.Random(7)
+    head, context = ids(rng, 30), ids(rng, 200)
+    contexts = [ids(rng, length) for length in (100, 60, 260)]
+    return {
+        "groups with a head": [head + c + ids(rng, 1 + n) for c in contexts for n in range(4)],
+        "no head": [c + ids(rng, 1 + 9 * n) for c in contexts for n in range(3)],
+        "groups of one": [ids(rng, length) for length in (1, 2, 64, 65, 66, 300)],
+        "one group of all": [head + context + ids(rng, 1 + 3 * n) for n in range(9)],
+        "equal to their prefix": [context, [*context, 5], context, [*context, 5, 6], context[:150]],
+        "long own parts": [head + context + ids(rng, 60 + 3 * n) for n in range(4)],
+        "scattered": [(head + contexts[n % 3] + ids(rng, 12)) for n in range(12)],
+    }
+
+
+@pytest.fixture(scope="module")
+def wanted(small_model: Path, reference: Reference) -> dict[str, list[list[int]]]:
+    return {
+        name: [reference.generate(prompt, NEW, [3]) for prompt in prompts]
+        for name, prompts in prompt_sets().items()
+    }
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 16])
+def test_tokens_are_those_of_plain_generation(
+    start: Make, wanted: dict[str, list[list[int]]], batch_size: int
+) -> None:
+    engine = start(batch_size=batch_size, max_new_tokens=NEW)
+    assert loop_of(engine).batch_size == batch_size
+    for name, prompts in prompt_sets().items():
+        for tokens, found in zip(wanted[name], answer(engine, prompts), strict=True):
+            assert list(found.token_ids) == [token for token in tokens if token != 3], name
+            assert found.completion_tokens == len(tokens)
+
+
+def test_a_small_pool_evicts_and_answers_the_same(
+    start: Make, wanted: dict[str, list[list[int]]]
+) -> None:
+    budget = BYTES_PER_TOKEN * (3 * (64 + NEW) + 420)
+    engine = start(batch_size=3, max_new_tokens=NEW, kv_cache_bytes=budget)
+    assert loop_of(engine)._cache.num_bytes <= budget
+    for name, prompts in prompt_sets().items():
+        for tokens, found in zip(wanted[name], answer(engine, prompts), strict=True):
+            assert list(found.token_ids) == [token for token in tokens if token != 3], name
+
+
+@pytest.mark.parametrize("arch", ["qwen2", "qwen3", "mistral"])
+def test_other_architectures(start: Make, tmp_path: Path, arch: str) -> None:
+    tied = ["--tie_word_embeddings"] if arch.startswith("qwen") else []
+    model = make_model(tmp_path / arch, "--arch", arch, *tied)
+    engine = start(model_dir=model, batch_size=5, max_new_tokens=NEW)
+    loop_of(engine)
+    reference = Reference(model)
+    sets = prompt_sets()
+    for prompts in (sets["groups with a head"], sets["long own parts"]):
+        for prompt, found in zip(prompts, answer(engine, prompts), strict=True):
+            tokens = reference.generate(prompt, NEW, [3])
+            assert list(found.token_ids) == [token for token in tokens if token != 3]
+
+
+def test_rows_that_end_at_different_times(
+    start: Make, small_model: Path, tmp_path: Path, reference: Reference
+) -> None:
+    rng = random.Random(3)
+    contexts = [ids(rng, 80) for _ in range(6)]
+    prompts = [context + ids(rng, 1 + number) for context in contexts for number in range(6)]
+    tokens = [reference.generate(prompt, 24, [3]) for prompt in prompts]
+    common = sorted(set().union(*tokens), key=lambda t: -sum(t in row for row in tokens))
+    marks = [3, *common[:12]]
+    model = changed_copy(small_model, tmp_path / "m", generation_config={"eos_token_id": marks})
+    engine = start(model_dir=model, batch_size=5, max_new_tokens=24)
+    ends = set()
+    for row, found in zip(tokens, answer(engine, prompts), strict=True):
+        end = next((index for index, token in enumerate(row) if token in marks), len(row))
+        assert list(found.token_ids) == row[:end]
+        assert found.finish_reason == ("stop" if end < len(row) else "length")
+        ends.add(end)
+    assert len(ends) > 5, "they end together"
+
+
+def test_a_stop_string_frees_its_slot(
+    start: Make, small_model: Path, wanted: dict[str, list[list[int]]]
+) -> None:
+    tokenizer = load_tokenizer(small_model)
+    texts = [tokenizer.decode(tokens) for tokens in wanted["groups with a head"]]
+    stop = next(text[5:8] for text in texts if "�" not in text[:9] and len(text) > 20)
+    engine = start(stop=(stop,), batch_size=2, max_new_tokens=NEW)
+    for text, found in zip(texts, answer(engine, prompt_sets()["groups with a head"]), strict=True):
+        assert found.text == text.split(stop)[0]
+        assert found.finish_reason == ("stop" if stop in text else "length")
+    assert loop_of(engine)._scheduler.num_admitted == 0
+
+
+def test_what_is_shared_is_read_once(start: Make) -> None:
+    engine = start(batch_size=4, max_new_tokens=2)
+    prompts = prompt_sets()["groups with a head"]
+    answers = answer(engine, prompts)
+    scheduler = loop_of(engine)._scheduler
+    cached = sum(found.cached_tokens or 0 for found in answers)
+    assert cached == scheduler.prompt_tokens - scheduler.read_tokens
+    assert scheduler.prompt_tokens == sum(map(len, prompts))
+    own = 3 * (1 + 2 + 3 + 4)
+    assert scheduler.read_tokens == 30 + (100 + 60 + 260) + own
+    assert f"read {scheduler.read_tokens:,} of {scheduler.prompt_tokens:,}" in (
+        loop_of(engine).summary()
+    )
+
+
+def test_bf16(start: Make, tmp_path: Path) -> None:
+    model = make_model(tmp_path / "m", "--initializer_range", "0.02")
+    engine = start(model_dir=model, precision="bf16", batch_size=4, max_new_tokens=NEW)
+    cache = loop_of(engine)._cache
+    assert cache.pool.dtype == cache.slots.dtype == torch.bfloat16
+    for found in answer(engine, prompt_sets()["groups with a head"]):
+        assert found.completion_tokens
+
+
+# ---- the budget
+
+
+def test_a_budget_too_small_for_one_answer(start: Make) -> None:
+    with pytest.raises(
+        ModelError, match=r"--kv_cache_bytes is too small: 1,000 bytes hold 1 token"
+    ):
+        start(kv_cache_bytes=1000)
+
+
+def test_a_prompt_beyond_the_budget_is_refused_before_anything_is_spent(start: Make) -> None:
+    engine = start(kv_cache_bytes=BYTES_PER_TOKEN * 800, batch_size=1)
+    outcomes = drive(engine, [ask(0), ask(1, context="word " * 2000), ask(2)])
+    failure = outcomes[ask(1).key]
+    assert isinstance(failure, Failure)
+    assert failure.error_type == "too_long"
+    assert "--kv_cache_bytes" in failure.error
+    assert isinstance(outcomes[ask(2).key], Completion)
+
+
+def test_a_prompt_beyond_the_default_budget_is_answered_plainly(
+    start: Make, monkeypatch: pytest.MonkeyPatch, reference: Reference
+) -> None:
+    monkeypatch.setattr(loop, "default_budget_bytes", lambda *_, **__: BYTES_PER_TOKEN * 800)
+    engine = start(batch_size=2, max_new_tokens=NEW)
+    rng = random.Random(1)
+    prompts = [ids(rng, 20), ids(rng, 900), ids(rng, 30)]
+    for prompt, found in zip(prompts, answer(engine, prompts), strict=True):
+        tokens = reference.generate(prompt, NEW, [3])
+        assert list(found.token_ids) == [token for token in tokens if token != 3]
+
+
+@pytest.mark.parametrize("budget", [3e5, 1e6, 5e7, 4e9])
+def test_what_is_allocated_stays_within_the_budget(budget: float) -> None:
+    shape = Shape(2, 2, 16, torch.float32, torch.device("cpu"))
+    limits = limits_within(int(budget), shape, num_slots=64, max_new_tokens=32, max_model_len=8192)
+    tokens = limits.pool_tokens + limits.num_slots * limits.slot_tokens
+    assert tokens * shape.bytes_per_token <= budget
+    assert limits.num_slots >= 1
+    assert limits.pool_tokens >= 256
+
+
+# ---- when it is not for a model, or fails
+
+
+SLIDING = {
+    "layer_types": ["full_attention", "sliding_attention"],
+    "use_sliding_window": True,
+    "sliding_window": 64,
+}
+
+
+@pytest.mark.parametrize(
+    ("arch", "config", "reason"),
+    [
+        ("mistral", {"sliding_window": 64}, "sliding window of 64"),
+        ("qwen2", SLIDING, "sliding_attention"),
+        (
+            "llama",
+            {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
+            "dynamic positions",
+        ),
+    ],
+)
+def test_models_that_are_left_to_plain_batches(
+    start: Make, tmp_path: Path, arch: str, config: dict[str, Any], reason: str
+) -> None:
+    made = make_model(tmp_path / "made", "--arch", arch)
+    model = changed_copy(made, tmp_path / "m", config=config)
+    engine = start(model_dir=model, max_new_tokens=NEW)
+    assert isinstance(engine, TransformersEngine)
+    assert not isinstance(engine._loop, SharedPrefixLoop)
+    notes = " ".join(engine.start().notes)
+    assert "plain batches, in which prompts share nothing: " in notes
+    assert reason in notes
+    prompts = prompt_sets()["groups with a head"][:3]
+    reference = Reference(model)
+    for prompt, found in zip(prompts, answer(engine, prompts), strict=True):
+        tokens = reference.generate(prompt, NEW, [3])
+        assert list(found.token_ids) == [token for token in tokens if token != 3]
+
+
+def test_a_window_that_no_prompt_reaches_does_not_matter(start: Make, tmp_path: Path) -> None:
+    made = make_model(tmp_path / "made", "--arch", "mistral", "--sliding_window", "4096")
+    loop_of(start(model_dir=made, max_model_len=4096))
+
+
+def test_the_self_check_bites(
+    start: Make, monkeypatch: pytest.MonkeyPatch, wanted: dict[str, list[list[int]]]
+) -> None:
+    def careless(out: Any, lse: Any, other: Any, other_lse: Any) -> Any:
+        return (out + other) / 2, lse
+
+    monkeypatch.setattr("ragfleet.engines.shared_prefix.passes.merge", careless)
+    engine = start(max_new_tokens=NEW)
+    assert isinstance(engine, TransformersEngine)
+    assert not isinstance(engine._loop, SharedPrefixLoop)
+    assert any("differ from the model's plain forward" in note for note in engine.start().notes)
+    (found,) = answer(engine, prompt_sets()["groups with a head"][:1])
+    assert list(found.token_ids) == [t for t in wanted["groups with a head"][0] if t != 3]
+
+
+@pytest.mark.parametrize("failures", [1, 3])
+def test_a_pass_that_fails_is_answered_plainly(
+    start: Make,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    wanted: dict[str, list[list[int]]],
+    failures: int,
+) -> None:
+    engine = start(batch_size=3, max_new_tokens=NEW)
+    forward = loop_of(engine)._forward
+    calls = 0
+
+    def failing(tensors: Any) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        if calls % 7 == 0 and calls <= 7 * failures:
+            raise RuntimeError("no such kernel")
+        return forward(tensors)
+
+    failing.plain = forward.plain  # type: ignore[attr-defined]
+    monkeypatch.setattr(loop_of(engine), "_forward", failing)
+    prompts = prompt_sets()["groups with a head"]
+    for tokens, found in zip(wanted["groups with a head"], answer(engine, prompts), strict=True):
+        assert list(found.token_ids) == [token for token in tokens if token != 3]
+    assert "a shared-prefix pass failed" in caplog.text
+    assert "no such kernel" in caplog.text
+    assert ("and so are all that follow" in caplog.text) == (failures == 3)
+
+
+def test_abort_while_running(start: Make, wanted: dict[str, list[list[int]]]) -> None:
+    engine = start(batch_size=4, max_new_tokens=NEW)
+    assert isinstance(engine, TransformersEngine)
+    count = engine._count
+
+    def abort_soon(num_tokens: int) -> None:
+        count(num_tokens)
+        engine.abort(ask(2).key)
+
+    engine._count = abort_soon  # type: ignore[method-assign]
+    for number in range(7):
+        prepared = engine.prepare(ask(number))
+        assert isinstance(prepared, Prepared)
+        engine.submit(prepared)
+    keys = [outcome.key for _ in range(30) for outcome in engine.step(1.0)]
+    assert sorted(keys) == [ask(number).key for number in range(7) if number != 2]
+    assert loop_of(engine)._scheduler.num_admitted == 0
+
+
+def test_a_row_that_takes_too_long(start: Make) -> None:
+    engine = start(max_new_tokens=400, request_timeout_s=0.01)
+    failure = drive(engine, [ask(1)])[ask(1).key]
+    assert isinstance(failure, Failure)
+    assert failure.error_type == "timeout"
+    assert "--request_timeout_s" in failure.error
+
+
+def test_a_broken_row_leaves_nothing_in_its_slot(
+    start: Make, wanted: dict[str, list[list[int]]]
+) -> None:
+    """Places beyond a slot's end are masked, but 0 × NaN is NaN."""
+    engine = start(batch_size=1, max_new_tokens=NEW)
+    weights = engine._model.model.embed_tokens.weight  # type: ignore[attr-defined]
+    kept = weights[1990].clone()
+    weights[1990] = float("nan")
+    prompts = prompt_sets()["groups of one"]
+    requests = [ask(number) for number in range(2)]
+    for request, tokens in zip(requests, ([5] * 40 + [1990] * 20, prompts[1]), strict=True):
+        prepared = engine.prepare(request)
+        assert isinstance(prepared, Prepared)
+        engine.submit(msgspec.structs.replace(prepared, token_ids=tokens))
+    outcomes = {outcome.key: outcome for _ in range(20) for outcome in engine.step(1.0)}
+    weights[1990] = kept
+    failure = outcomes[requests[0].key]
+    assert isinstance(failure, Failure)
+    assert "not finite" in failure.error
+    found = outcomes[requests[1].key]
+    assert isinstance(found, Completion)
+    assert list(found.token_ids) == [t for t in wanted["groups of one"][1] if t != 3]
+
+
+# ---- parts
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_public_operations_give_what_the_fused_one_gives(causal: bool, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    query = torch.randn(2, 3, 11, 16).to(dtype)
+    keys = 11 if causal else 29
+    key, value = torch.randn(2, 2, 1, keys, 16).to(dtype).expand(2, 2, 3, keys, 16)
+    fused = attention.attend_part(query, key, value, 0.25, causal)
+    plain = attention.plain_part(query, key, value, 0.25, causal)
+    assert fused[1].dtype == torch.float32
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    for one, other in zip(fused, plain, strict=True):
+        torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance)
+
+
+def test_parts_merge_to_the_whole() -> None:
+    torch.manual_seed(1)
+    query, key, value = torch.randn(3, 1, 2, 20, 8)
+    whole, lse = attention.plain_part(query, key, value, 0.3, False)
+    parts = [
+        attention.plain_part(query, key[:, :, part], value[:, :, part], 0.3, False)
+        for part in (slice(0, 7), slice(7, 20))
+    ]
+    merged, merged_lse = attention.merge(*parts[0], *parts[1])
+    torch.testing.assert_close(merged, whole)
+    torch.testing.assert_close(merged_lse, lse)
+    nothing = (torch.zeros_like(whole), torch.full_like(lse, attention.MASKED))
+    torch.testing.assert_close(attention.merge(whole, lse, *nothing), (whole, lse))
+
+
+def test_without_the_fused_operation(
+    start: Make, monkeypatch: pytest.MonkeyPatch, wanted: dict[str, list[list[int]]]
+) -> None:
+    monkeypatch.setattr(attention, "_FLASH", None)
+    engine = start(batch_size=4, max_new_tokens=NEW)
+    prompts = prompt_sets()["groups with a head"]
+    for tokens, found in zip(wanted["groups with a head"], answer(engine, prompts), strict=True):
+        assert list(found.token_ids) == [token for token in tokens if token != 3]
+
+
+def test_without_packing_it_says_so(start: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    engine = start()
+    assert any("weights are not packed" in note for note in engine.start().notes)
+    assert len(answer(engine, prompt_sets()["no head"])) == 9
+
+
+def test_weights_come_back_bit_by_bit(small_model: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(str(small_model), dtype=torch.float32)
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    assert packing.pack_weights(model) is None
+    assert any(isinstance(part, packing.PackedLinear) for part in model.modules())
+    packing.trim_last_layer(model)
+    packing.restore_last_layer(model)
+    packing.unpack_weights(model)
+    after = model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)

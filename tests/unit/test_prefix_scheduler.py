@@ -1,0 +1,258 @@
+"""The shared-prefix loop's scheduler: everything finishes, in order, within its limits."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ragfleet.engines.shared_prefix.pool import Pool
+from ragfleet.engines.shared_prefix.prefixes import (
+    MOST_SHARED_LEVELS,
+    common_tokens,
+    pack,
+    shared_ends,
+)
+from ragfleet.engines.shared_prefix.scheduler import Limits, Range, Scheduler
+
+LIMITS = Limits(num_slots=4, max_new_tokens=6, pool_tokens=400, pass_tokens=90, own_tokens=20)
+
+
+class Mirror:
+    """Keys and values as (token, tokens before it), so that whatever a token sees can be told.
+
+    A run or row is right when what it reads from the pool and finds in its slot is exactly its own
+    prompt and answer before it.
+    """
+
+    def __init__(self, scheduler: Scheduler, prompts: Sequence[Sequence[int]]) -> None:
+        self.scheduler = scheduler
+        self.prompts = prompts
+        self.pool: list[tuple[int, ...]] = [()] * scheduler.limits.pool_tokens
+        self.slots: dict[int, list[int]] = {}
+        self.owner: dict[int, int] = {}
+        self.answers: dict[int, list[int]] = {}
+        self.started: list[int] = []
+        self.read: list[int] = []
+
+    def seen(self, reads: Sequence[Range]) -> tuple[int, ...]:
+        text: tuple[int, ...] = ()
+        for range_ in reads:
+            for place in range(range_.offset, range_.offset + range_.length):
+                text += (self.pool[place][-1],)
+                assert self.pool[place] == text, "a place that holds another prompt's token"
+        return text
+
+    def step(self, length_of: Sequence[int]) -> bool:
+        """One pass; False when there was nothing to do."""
+        scheduled = self.scheduler.next_pass()
+        limits = self.scheduler.limits
+        assert scheduled.num_tokens <= max(limits.pass_tokens, limits.num_slots, limits.own_tokens)
+        seen_slots = [row.slot for row in scheduled.rows]
+        fed = []
+        for row in scheduled.rows:
+            number = self.owner[row.slot]
+            text = self.seen(row.reads) + tuple(self.slots[row.slot])
+            assert text == (*self.prompts[number], *self.answers[number][:-1])
+            assert row.position == len(text)
+            assert row.column == len(self.slots[row.slot]) < limits.slot_tokens
+            self.slots[row.slot].append(self.answers[number][-1])
+            fed.append(row.slot)
+        for run in scheduled.runs:
+            before = self.seen(run.reads)
+            assert run.position == len(before)
+            self.read += run.token_ids
+            if run.slot < 0:
+                for step, token in enumerate(run.token_ids):
+                    before = (*before, token)
+                    self.pool[run.pool_offset + step] = before
+            else:
+                number = int.from_bytes(self.scheduler.key_of(run.slot), "big")
+                assert (*before, *run.token_ids) == tuple(self.prompts[number])
+                assert run.slot not in self.slots, "a slot given to two"
+                assert 0 < len(run.token_ids) <= limits.own_tokens
+                self.slots[run.slot] = list(run.token_ids)
+                self.owner[run.slot] = number
+                self.answers[number] = []
+                self.started.append(number)
+                fed.append(run.slot)
+                seen_slots.append(run.slot)
+        assert len(set(seen_slots)) == len(seen_slots) <= limits.num_slots
+        for slot in fed:
+            number = self.owner[slot]
+            self.answers[number].append(10_000 + len(self.answers[number]))
+            if len(self.answers[number]) == length_of[number]:
+                self.scheduler.release(slot)
+                del self.slots[slot], self.owner[slot]
+        return bool(scheduled.num_tokens)
+
+
+@st.composite
+def workloads(draw: st.DrawFn) -> tuple[list[list[int]], list[int], Limits, int]:
+    """Prompts with heads, groups, prompts equal to their prefix or to each other, and loners."""
+    seed = draw(st.integers(0, 2**20))
+    rng = random.Random(seed)
+    head = [1] * draw(st.sampled_from([0, 3, 16, 40]))
+    groups = [
+        head + rng.choices(range(2, 5), k=draw(st.integers(0, 90)))
+        for _ in range(draw(st.integers(1, 5)))
+    ]
+    prompts = []
+    for _ in range(draw(st.integers(1, 25))):
+        prompt = list(rng.choice(groups)) if rng.random() < 0.9 else []
+        prompt += rng.choices(range(2, 9), k=rng.choice([0, 1, 5, 19, 20, 21, 70]))
+        prompts.append(prompt or [2])
+    if draw(st.booleans()):
+        prompts.sort()
+    longest = max(map(len, prompts))
+    limits = Limits(
+        num_slots=draw(st.integers(1, 6)),
+        max_new_tokens=6,
+        pool_tokens=draw(st.integers(longest - 1, 600)),
+        pass_tokens=draw(st.integers(20, 120)),
+        own_tokens=draw(st.integers(1, 20)),
+    )
+    return prompts, [rng.randint(1, 6) for _ in prompts], limits, draw(st.integers(1, 12))
+
+
+def play(
+    prompts: Sequence[Sequence[int]], lengths: Sequence[int], limits: Limits, window: int
+) -> Mirror:
+    scheduler = Scheduler(limits)
+    mirror = Mirror(scheduler, prompts)
+    submitted = 0
+    for _ in range(10_000):
+        while submitted < len(prompts) and scheduler.num_waiting < window:
+            scheduler.submit(submitted.to_bytes(16, "big"), prompts[submitted])
+            submitted += 1
+        if not mirror.step(lengths):
+            break
+    return mirror
+
+
+@given(workloads())
+def test_everything_finishes_and_sees_its_own_prompt(
+    workload: tuple[list[list[int]], list[int], Limits, int],
+) -> None:
+    prompts, lengths, limits, window = workload
+    mirror = play(prompts, lengths, limits, window)
+    scheduler = mirror.scheduler
+    assert {number: len(answer) for number, answer in mirror.answers.items()} == dict(
+        enumerate(lengths)
+    )
+    assert mirror.started == sorted(mirror.started), "not first come first served"
+    assert scheduler.num_waiting == scheduler.num_admitted == 0
+    assert scheduler.peak_pool_tokens <= limits.pool_tokens
+    assert len(mirror.read) == scheduler.read_tokens <= sum(map(len, prompts))
+    # Nothing is held any more: the whole pool can be had.
+    scheduler.submit(bytes(16), [9] * (limits.pool_tokens + 1))
+    assert scheduler.next_pass().num_tokens > 0
+
+
+def test_what_a_group_shares_is_read_once() -> None:
+    head, groups = [1] * 30, [[2] * 50, [3] * 60]
+    prompts = [[*head, *group, 4 + number] for group in groups for number in range(5)]
+    mirror = play(prompts, [6] * 10, LIMITS, 10)
+    assert len(mirror.read) == 30 + 50 + 60 + 10
+
+
+def test_a_group_that_comes_in_pieces_is_still_read_once() -> None:
+    prompts = [[1] * 60 + [2, number] for number in range(12)]
+    mirror = play(prompts, [1 + number % 6 for number in range(12)], LIMITS, 2)
+    assert len(mirror.read) == 60 + 1 + 12 or len(mirror.read) == 61 + 12
+
+
+def test_slots_are_filled_again_in_the_next_pass() -> None:
+    scheduler = Scheduler(LIMITS)
+    for number in range(9):
+        scheduler.submit(bytes([number]), [number] * 10)
+    assert len(scheduler.next_pass().runs) == 4
+    for slot in (1, 3):
+        scheduler.release(slot)
+    following = scheduler.next_pass()
+    assert [row.slot for row in following.rows] == [0, 2]
+    assert sorted(run.slot for run in following.runs) == [1, 3]
+
+
+def test_what_nobody_stands_on_goes_first_when_the_pool_is_full() -> None:
+    scheduler = Scheduler(LIMITS)
+    for number in range(4):  # four nodes of 99 tokens: the pool is full
+        scheduler.submit(bytes([number]), [number] * 100)
+    for _ in range(5):
+        scheduler.next_pass()
+    assert scheduler.num_admitted == 4
+    scheduler.release(2)
+    scheduler.submit(b"a", [7] * 290)
+    assert scheduler.next_pass().runs == [], "it does not fit beside three that run"
+    scheduler.release(0)
+    scheduler.release(1)
+    assert scheduler.next_pass().runs
+
+
+def test_a_prompt_that_is_its_groups_prefix() -> None:
+    prefix = [5] * 40
+    mirror = play([prefix, [*prefix, 6], prefix, [*prefix, 7, 8]], [3] * 4, LIMITS, 4)
+    assert len(mirror.read) == 39 + 1 + 2 + 1 + 3
+
+
+def test_neighbouring_heads_are_told_apart() -> None:
+    """The head that all share and the group's part are nodes of their own."""
+    group = pack([1] * 20 + [2] * 50 + [3])
+    others = [pack([1] * 20 + [2] * 50 + [4])] * 3 + [pack([1] * 20 + [9] * 60)] * 30
+    assert shared_ends(group, others, 0, MOST_SHARED_LEVELS, 64) == [20, 70]
+    assert shared_ends(group, others, 20, 1, 50) == [70]
+    assert shared_ends(group, [], 0, MOST_SHARED_LEVELS, 64) == []
+
+
+@given(st.lists(st.integers(0, 3), max_size=40), st.lists(st.integers(0, 3), max_size=40))
+def test_common_tokens(a: list[int], b: list[int]) -> None:
+    wanted = next((n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), None)
+    wanted = min(len(a), len(b)) if wanted is None else wanted
+    assert common_tokens(pack(a), pack(b)) == wanted
+    assert common_tokens(pack([2**31, *a]), pack([2**31, *b])) == wanted + 1
+
+
+def test_dropping_and_taking_back() -> None:
+    scheduler = Scheduler(LIMITS)
+    for number in range(6):
+        scheduler.submit(bytes([number]), [number] * 100)
+    scheduler.next_pass()
+    scheduler.next_pass()
+    assert not scheduler.drop(bytes([0])), "it runs"
+    assert scheduler.drop(bytes([5]))
+    assert not scheduler.drop(b"nobody")
+    taken = scheduler.take_back()
+    assert set(taken) | set(scheduler.take_waiting()) == {bytes([n]) for n in range(5)}
+    assert scheduler.num_admitted == scheduler.num_waiting == 0
+    scheduler.submit(b"x", [1] * 401)
+    assert scheduler.next_pass().num_tokens == 90
+
+
+def test_what_never_fits_is_refused() -> None:
+    scheduler = Scheduler(LIMITS)
+    assert scheduler.fits(401)
+    assert not scheduler.fits(402)
+    with pytest.raises(ValueError, match="402 tokens"):
+        scheduler.submit(b"x", [1] * 402)
+    with pytest.raises(ValueError, match="0 tokens"):
+        scheduler.submit(b"x", [])
+
+
+@given(st.lists(st.integers(1, 30), max_size=30), st.randoms(use_true_random=False))
+def test_the_pool_gives_each_place_to_one(lengths: list[int], rng: random.Random) -> None:
+    pool = Pool(100)
+    held: list[tuple[int, int]] = []
+    for length in lengths:
+        while (start := pool.take(length)) is None:
+            taken = held.pop(rng.randrange(len(held)))
+            pool.give_back(*taken)
+        held.append((start, length))
+        places = [place for start, length in held for place in range(start, start + length)]
+        assert len(set(places)) == len(places) == pool.used_tokens
+        assert max(places) < 100
+    for taken in held:
+        pool.give_back(*taken)
+    assert pool.take(100) == 0

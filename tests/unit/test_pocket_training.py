@@ -5,6 +5,7 @@ The model's own answers are held to plain `generate` in tests/contract/test_pock
 
 from __future__ import annotations
 
+import re
 import sys
 from itertools import islice
 from pathlib import Path
@@ -159,6 +160,39 @@ def test_a_shared_context_teaches_what_single_prompts_would(tmp_path: Path) -> N
             owner += 1
         owner += len(group.questions) - min(3, len(group.questions))
     assert owner == len(batch.kinds)
+
+
+def test_two_heads_are_told_where_to_look() -> None:
+    from pocket import tokenizer as bpe
+    from pocket.packing import Encoder, pack
+
+    encoder = Encoder(bpe.load(POCKET))
+    tokens = encoder.tokenizer
+    groups = [group for group in small_groups(seed=4, count=8) if group.context]
+    rows = [encoder.row(group) for group in groups]
+    batch = pack(rows)
+    widest = max(len(row.prefix) for row in rows)
+    copies = 0
+    for row, group in zip(rows, groups, strict=True):
+        for tail, question in zip(row.tails, group.questions, strict=True):
+            asked = tokens.decode(tail.tokens[1 : tail.name + 1])
+            assert asked.endswith(question.name)
+            copied = [row.prefix[place] for place in tail.copied]
+            assert copied in ([], tail.tokens[-tail.answer : -1])
+            copies += bool(copied)
+        for place, name in enumerate(row.names):
+            if name >= 0:
+                before = tokens.decode(row.prefix[2 : name + 1])
+                heading = before.rsplit("### ", 1)[1]
+                assert place > name
+                headings = re.findall(r"^### (\S+)", group.context, re.M)
+                assert heading in headings
+    assert copies > 15
+    for number, query, key in batch.copied.T.tolist():
+        said = batch.layout.tails[number, query + 1]
+        seen = batch.layout.keys[number, key]
+        assert key < widest
+        assert batch.ids[said] == batch.ids[seen]
 
 
 def test_a_wheel_of_another_licence_is_refused(tmp_path: Path) -> None:

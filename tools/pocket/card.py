@@ -45,7 +45,8 @@ Pairs are made by templates from documentation parsed out of released wheels (th
 run); in half of the contexts names and defaults are replaced by invented ones, and some blocks are
 invented altogether. Up to twelve questions share one context, each seeing the context and itself
 only. Attention heads start from weights that already look back and match
-(`tools/pocket/circuits.py`): copying is refined, not discovered.
+(`tools/pocket/circuits.py`): copying is refined, not discovered. Two heads are told besides where
+to look: one at the name that governs a token, one at the token to say next.
 Weights are stored in bfloat16, the values they were rounded to; fp32 computes on them exactly.
 {note}
 Documentation of these packages was trained on; the licences are those that the wheels declare

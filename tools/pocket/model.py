@@ -71,9 +71,13 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
+    watched: tuple[Tensor, Tensor] | None = None
+    """Weights of contexts `[B, H, P, P]` and tails `[M, H, L, P + L]` of the last pass, if kept."""
+
     def __init__(self, shape: Shape) -> None:
         super().__init__()
         self.shape = shape
+        self.keep_weights = False
         wide, narrow = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
         self.q_proj = nn.Linear(shape.hidden, wide, bias=False)
         self.k_proj = nn.Linear(shape.hidden, narrow, bias=False)
@@ -84,17 +88,19 @@ class Attention(nn.Module):
         q = rotate(self.q_proj(x).view(len(x), -1, self.shape.head_dim), cos, sin)
         k = rotate(self.k_proj(x).view(len(x), -1, self.shape.head_dim), cos, sin)
         v = self.v_proj(x).view(len(x), -1, self.shape.head_dim)
-        out = self.attend(q, k, v, layout.contexts, layout.contexts, causal(layout.contexts))
+        mask = causal(layout.contexts)
+        out, seen = self.attend(q, k, v, layout.contexts, layout.contexts, mask)
         if len(layout.tails):
-            tails = self.attend(q, k, v, layout.tails, layout.keys, layout.mask)
+            tails, seen_by_tails = self.attend(q, k, v, layout.tails, layout.keys, layout.mask)
             out = torch.cat([out, tails])
+            self.watched = (seen, seen_by_tails) if self.keep_weights else None
         projected: Tensor = self.o_proj(out.index_select(0, layout.back))
         return projected
 
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, queries: Tensor, keys: Tensor, mask: Tensor
-    ) -> Tensor:
-        """Attention of each row of `queries` to the same row of `keys`.
+    ) -> tuple[Tensor, Tensor]:
+        """Attention of each row of `queries` to the same row of `keys`, and its weights.
 
         Written out: on a CPU the backward pass of the fused one takes twice as long.
         """
@@ -109,7 +115,7 @@ class Attention(nn.Module):
         scores = grid(q, queries) * self.shape.head_dim**-0.5 @ keyed.transpose(-1, -2)
         weights = torch.softmax(scores + mask.to(scores.dtype), dim=-1, dtype=torch.float32)
         out = weights.to(valued.dtype) @ valued
-        return out.transpose(1, 2).reshape(queries.numel(), -1)
+        return out.transpose(1, 2).reshape(queries.numel(), -1), weights
 
 
 def causal(rows: Tensor) -> Tensor:

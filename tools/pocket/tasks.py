@@ -38,9 +38,13 @@ PACKAGE_NAMES = ("lib", "core", "kit", "tools", "flow", "grid", "mesh", "data", 
 
 @dataclass(frozen=True)
 class Question:
+    """A question about the API `name` (as the question spells it) of the block headed `path`."""
+
     kind: str
     text: str
     answer: str
+    name: str = ""
+    path: str = ""
 
     @property
     def absent(self) -> bool:
@@ -312,7 +316,9 @@ class Generator:
                 if short and "." in section.path and rng.random() < 0.2:
                     name = ".".join(section.path.split(".")[-2:])
                 text = ask(rng, kind, name, parameter)
-                asked[section.path, kind, parameter] = Question(kind, text, wanted)
+                asked[section.path, kind, parameter] = Question(
+                    kind, text, wanted, name, section.path
+                )
                 break
         return list(asked.values())
 

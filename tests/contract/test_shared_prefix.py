@@ -17,6 +17,7 @@ from ragfleet.engines.protocol import Completion, Engine, Failure, Prepared
 from ragfleet.engines.shared_prefix import attention, loop, packing
 from ragfleet.engines.shared_prefix.cache import Shape, limits_within
 from ragfleet.engines.shared_prefix.loop import SharedPrefixLoop
+from ragfleet.engines.shared_prefix.scheduler import Scheduler
 from ragfleet.engines.transformers import TransformersEngine
 from ragfleet.errors import ModelError
 from ragfleet.tokens import load_tokenizer
@@ -59,7 +60,7 @@ def ids(rng: random.Random, count: int) -> list[int]:
 
 def prompt_sets() -> dict[str, list[list[int]]]:
     rng = random.Random(7)
-    head, context = ids(rng, 30), ids(rng, 200)
+    head, context, question = ids(rng, 30), ids(rng, 200), ids(rng, 30)
     contexts = [ids(rng, length) for length in (100, 60, 260)]
     return {
         "groups with a head": [head + c + ids(rng, 1 + n) for c in contexts for n in range(4)],
@@ -67,6 +68,10 @@ def prompt_sets() -> dict[str, list[list[int]]]:
         "groups of one": [ids(rng, length) for length in (1, 2, 64, 65, 66, 300)],
         "one group of all": [head + context + ids(rng, 1 + 3 * n) for n in range(9)],
         "equal to their prefix": [context, [*context, 5], context, [*context, 5, 6], context[:150]],
+        "questions that begin alike": [
+            head + context + question[:begin] + ids(rng, 1 + n)
+            for n, begin in enumerate((30, 30, 12, 4, 3, 30, 0, 30))
+        ],
         "long own parts": [head + context + ids(rng, 60 + 3 * n) for n in range(4)],
         "scattered": [(head + contexts[n % 3] + ids(rng, 12)) for n in range(12)],
     }
@@ -276,6 +281,20 @@ def test_the_self_check_bites(
     assert list(found.token_ids) == [t for t in wanted["groups with a head"][0] if t != 3]
 
 
+def test_the_self_check_looks_at_what_is_copied(
+    start: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find = Scheduler._most_common
+
+    def wrong(self: Scheduler, entry: Any) -> tuple[int, int]:
+        copied, source = find(self, entry)
+        return copied, source + 1 if copied else source
+
+    monkeypatch.setattr(Scheduler, "_most_common", wrong)
+    engine = start(max_new_tokens=NEW)
+    assert not isinstance(engine._loop, SharedPrefixLoop)  # type: ignore[attr-defined]
+
+
 @pytest.mark.parametrize("failures", [1, 3])
 def test_a_pass_that_fails_is_answered_plainly(
     start: Make,
@@ -357,6 +376,20 @@ def test_a_broken_row_leaves_nothing_in_its_slot(
 
 
 # ---- parts
+
+
+@pytest.mark.parametrize("num_queries", [1, attention.FEW_QUERIES, attention.FEW_QUERIES + 1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_few_queries_give_what_many_give(num_queries: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    query = torch.randn(1, 3, num_queries, 16).to(dtype)
+    key, value = torch.randn(2, 29, 3, 16).to(dtype).transpose(1, 2)[:, None]
+    found = attention.attend_part(query, key, value, 0.25, causal=False)
+    plain = attention.plain_part(query, key, value, 0.25, causal=False)
+    assert found[1].dtype == torch.float32
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    for one, other in zip(found, plain, strict=True):
+        torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("causal", [True, False])

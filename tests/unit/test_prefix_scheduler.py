@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections.abc import Sequence
 
@@ -16,7 +17,7 @@ from ragfleet.engines.shared_prefix.prefixes import (
     pack,
     shared_ends,
 )
-from ragfleet.engines.shared_prefix.scheduler import Limits, Range, Scheduler
+from ragfleet.engines.shared_prefix.scheduler import Limits, Range, Run, Scheduler
 
 LIMITS = Limits(num_slots=4, max_new_tokens=6, pool_tokens=400, pass_tokens=90, own_tokens=20)
 
@@ -46,6 +47,21 @@ class Mirror:
                 assert self.pool[place] == text, "a place that holds another prompt's token"
         return text
 
+    def copied(self, run: Run) -> list[int]:
+        """What a run takes over from another slot: it must stand there, after the same tokens."""
+        if not run.copied_tokens:
+            return []
+        source = self.slots[run.copied_from]
+        assert run.copied_tokens <= len(source)
+        number = self.owner[run.copied_from]
+        own = len(self.prompts[number]) - (run.position - run.copied_tokens)
+        assert run.copied_tokens <= own, "an answer is not part of a prompt"
+        own_number = int.from_bytes(self.scheduler.key_of(run.slot), "big")
+        assert list(self.prompts[number][: run.position]) == list(
+            self.prompts[own_number][: run.position]
+        )
+        return source[: run.copied_tokens]
+
     def step(self, length_of: Sequence[int]) -> bool:
         """One pass; False when there was nothing to do."""
         scheduled = self.scheduler.next_pass()
@@ -63,7 +79,7 @@ class Mirror:
             fed.append(row.slot)
         for run in scheduled.runs:
             before = self.seen(run.reads)
-            assert run.position == len(before)
+            assert run.position == len(before) + run.copied_tokens
             self.read += run.token_ids
             if run.slot < 0:
                 for step, token in enumerate(run.token_ids):
@@ -71,10 +87,12 @@ class Mirror:
                     self.pool[run.pool_offset + step] = before
             else:
                 number = int.from_bytes(self.scheduler.key_of(run.slot), "big")
-                assert (*before, *run.token_ids) == tuple(self.prompts[number])
                 assert run.slot not in self.slots, "a slot given to two"
-                assert 0 < len(run.token_ids) <= limits.own_tokens
-                self.slots[run.slot] = list(run.token_ids)
+                copied = self.copied(run)
+                assert (*before, *copied, *run.token_ids) == tuple(self.prompts[number])
+                assert run.token_ids
+                assert len(copied) + len(run.token_ids) <= limits.own_tokens
+                self.slots[run.slot] = [*copied, *run.token_ids]
                 self.owner[run.slot] = number
                 self.answers[number] = []
                 self.started.append(number)
@@ -163,6 +181,17 @@ def test_a_group_that_comes_in_pieces_is_still_read_once() -> None:
     prompts = [[1] * 60 + [2, number] for number in range(12)]
     mirror = play(prompts, [1 + number % 6 for number in range(12)], LIMITS, 2)
     assert len(mirror.read) == 60 + 1 + 12 or len(mirror.read) == 61 + 12
+
+
+def test_what_questions_begin_with_alike_is_copied_not_read() -> None:
+    rng = random.Random(1)
+    context, question = [1] * 40, [2] * 8
+    prompts = [[*context, *question, *rng.choices(range(3, 99), k=5)] for _ in range(3)]
+    prompts += [[*context, 100 + number] for number in range(3)]
+    mirror = play(prompts, [6] * 6, dataclasses.replace(LIMITS, num_slots=6), 6)
+    assert len(mirror.read) == 40 + 8 + 3 * 5 + 3
+    alone = play(prompts, [6] * 6, dataclasses.replace(LIMITS, num_slots=1), 6)
+    assert len(alone.read) == 40 + 3 * (8 + 5) + 3, "nobody is left to copy from"
 
 
 def test_slots_are_filled_again_in_the_next_pass() -> None:

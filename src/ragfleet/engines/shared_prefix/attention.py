@@ -1,6 +1,6 @@
 """Attention in parts, and how a model's own forward comes to use it.
 
-Owns the kernel for one part (queries over one range of keys) with its log-sum-exp, the exact merge
+Owns the kernels for one part (queries over one range of keys) with its log-sum-exp, the exact merge
 of parts (Hydragen, arXiv 2402.05099), and the function that transformers calls in every layer.
 Knows nothing of slots, pools or passes: those come as an object with an `attend` method.
 """
@@ -19,6 +19,9 @@ NAME: Final = "ragfleet_shared_prefix"
 """Unknown to transformers' table of masks, so that it makes none."""
 MASKED: Final = -1e30
 """Added to scores that must not count. Infinity would make NaN of rows with nothing to see."""
+FEW_QUERIES: Final = 24
+"""Of one head. So few leave the fused kernel's blocks nearly empty: its time is then that of reading
+the keys, twice as long as two batched products take."""
 
 
 class Attending(Protocol):
@@ -81,10 +84,31 @@ def attend_part(
     `causal`: queries and keys are the same tokens. With fewer queries than keys the kernel would
     align them at the first key, so what stands before is always a part of its own.
     """
+    if query.shape[0] == 1 and query.shape[2] <= FEW_QUERIES and not causal:
+        out, lse = batched_part(query[0], key[0], value[0], scaling)
+        return out[None], lse[None]
     if _FLASH is not None and not query.is_cuda:
         out, lse = _FLASH(query, key, value, 0.0, causal, scale=scaling)
         return out, lse
     return plain_part(query, key, value, scaling, causal)
+
+
+def batched_part(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scaling: float,
+    mask: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As two batched products: [a, queries, dim] over [a, keys, dim], `mask` added to the scores;
+    outputs [a, queries, dim], and the fp32 log-sum-exp of the scores [a, queries]."""
+    if mask is None:
+        mask = query.new_zeros(())
+    scores = torch.baddbmm(mask, query, key.transpose(1, 2), alpha=scaling).float()
+    probs = torch.softmax(scores, dim=-1)
+    # exp(top - lse) is the top's probability.
+    lse = scores.amax(dim=-1) - probs.amax(dim=-1).log()
+    return torch.bmm(probs.to(value.dtype), value), lse
 
 
 def plain_part(

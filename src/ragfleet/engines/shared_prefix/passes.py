@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ragfleet.engines.shared_prefix.attention import MASKED, attend_part, merge
+from ragfleet.engines.shared_prefix.attention import MASKED, attend_part, batched_part, merge
 from ragfleet.engines.shared_prefix.cache import KeyValueCache
 from ragfleet.engines.shared_prefix.scheduler import Pass, Range, Row, Run
 
@@ -154,7 +154,10 @@ class TensorPass:
             for start, stop, run in self._runs:
                 piece = states[start:stop]
                 if run.slot >= 0:
-                    slots[run.slot, :, : stop - start] = piece.transpose(0, 1)
+                    copied = run.copied_tokens
+                    if copied:  # their run is an earlier one, of this pass or before
+                        slots[run.slot, :, :copied] = slots[run.copied_from, :, :copied]
+                    slots[run.slot, :, copied : copied + stop - start] = piece.transpose(0, 1)
                 else:
                     pool[run.pool_offset : run.pool_offset + stop - start] = piece
 
@@ -196,11 +199,7 @@ class TensorPass:
         used = self._cache.slots[layer, :, : self._num_slots, :, : self._places]
         keys, values = used[0].flatten(0, 1), used[1].flatten(0, 1)  # [slots * kv_heads, …]
         asked = query.index_select(0, self._row_of_slot).flatten(0, 1)
-        scores = torch.baddbmm(self._mask, asked, keys.transpose(1, 2), alpha=scaling).float()
-        probs = torch.softmax(scores, dim=-1)
-        # exp(top - lse) is the top's probability.
-        lse = scores.amax(dim=-1) - probs.amax(dim=-1).log()
-        found = torch.bmm(probs.to(query.dtype), values)
+        found, lse = batched_part(asked, keys, values, scaling, self._mask)
 
         def stacked(by_slot: torch.Tensor, *rest: int) -> torch.Tensor:
             rows = by_slot.view(-1, heads, group, *rest).index_select(0, self._slot_of_row)
@@ -223,41 +222,38 @@ class TensorPass:
         num_tokens, num_heads, _ = query.shape
         kv_heads = key.shape[1]
         group = num_heads // kv_heads
-        lse = torch.empty((kv_heads, group, num_tokens), device=query.device)
-
-        def queries(start: int, stop: int) -> torch.Tensor:
-            piece = query[start:stop].unflatten(1, (kv_heads, group))
-            return piece.permute(1, 2, 0, 3)  # [kv_heads, group, tokens, dim]
+        by_head = query.unflatten(1, (kv_heads, group)).transpose(0, 1)
+        # [kv_heads, tokens, group]
+        lse = torch.empty((kv_heads, num_tokens, group), device=query.device)
+        apart = out.unflatten(1, (kv_heads, group)).transpose(0, 1)
 
         def repeated(states: torch.Tensor) -> torch.Tensor:
             """[tokens, kv_heads, dim] for every head of a group, without a copy."""
             return states.transpose(0, 1)[:, None].expand(-1, group, -1, -1)
 
-        def flat(part: torch.Tensor) -> torch.Tensor:
-            return part.permute(2, 0, 1, 3).flatten(1, 2)
+        def add(start: int, stop: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+            """One part more for some tokens, the heads of a group stacked."""
+            asked = by_head[:, start:stop].flatten(1, 2)[None]
+            part, part_lse = attend_part(asked, keys, values, scaling, causal=False)
+            part_lse = part_lse.view(kv_heads, stop - start, group)
+            before = lse[:, start:stop]
+            weight = torch.sigmoid(part_lse - before)[..., None].to(out.dtype)
+            apart[:, start:stop].lerp_(part.view(kv_heads, stop - start, group, -1), weight)
+            lse[:, start:stop] = torch.logaddexp(before, part_lse)
 
         for start, stop, _ in runs:
             part, part_lse = attend_part(
-                queries(start, stop),
+                by_head[:, start:stop].transpose(1, 2),  # [kv_heads, group, tokens, dim]
                 repeated(key[start:stop]),
                 repeated(value[start:stop]),
                 scaling,
                 causal=True,
             )
-            out[start:stop] = flat(part)
-            lse[:, :, start:stop] = part_lse
+            apart[:, start:stop] = part.transpose(1, 2)
+            lse[:, start:stop] = part_lse.transpose(1, 2)
         for start, stop, range_ in reads:
-            keys, values = self._cache.part(layer, range_.offset, range_.length)
-            part, part_lse = attend_part(
-                queries(start, stop),
-                keys[0, :, None].expand(-1, group, -1, -1),
-                values[0, :, None].expand(-1, group, -1, -1),
-                scaling,
-                causal=False,
-            )
-            before = lse[:, :, start:stop]
-            weight = torch.sigmoid(part_lse - before)
-            out[start:stop].lerp_(
-                flat(part), weight.permute(2, 0, 1).flatten(1, 2)[..., None].to(out.dtype)
-            )
-            lse[:, :, start:stop] = torch.logaddexp(before, part_lse)
+            add(start, stop, *self._cache.part(layer, range_.offset, range_.length))
+        for start, stop, run in runs:
+            if run.copied_tokens:
+                keys, values = self._cache.slots[layer, :, run.slot, :, : run.copied_tokens]
+                add(start, stop, keys[None], values[None])

@@ -5,6 +5,9 @@ free and the pool has room for what it alone needs; what it shares is charged on
 decode step of every running slot, and as many prompt tokens of newly admitted requests as fit, so
 that a slot is filled again in the pass after it became free.
 
+What a request's own part has in common with that of one that runs on the same nodes is copied from
+slot to slot, not read again: questions often begin alike.
+
 A slot has room for the longest answer from the start: what was admitted always finishes.
 """
 
@@ -23,12 +26,15 @@ from ragfleet.engines.shared_prefix.prefixes import (
     MOST_SHARED_LEVELS,
     Node,
     PrefixTree,
+    common_tokens,
     pack,
     shared_ends,
 )
 
 OWN_TOKENS: Final = 64
 """Most prompt tokens that stand in a slot, beside the answer; longer rests get a node."""
+LEAST_COPIED: Final = 4
+"""Fewer tokens are read: what is copied is one more part of the attention in each layer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,9 +72,12 @@ class Run:
     reads: tuple[Range, ...]
     """What stands before them."""
     pool_offset: int = -1
-    """Where their keys and values go; -1 for into a slot, from its first place on."""
+    """Where their keys and values go; -1 for into a slot, after what is copied there."""
     slot: int = -1
     """The slot whose first token the last of them gives; -1 for a node's."""
+    copied_tokens: int = 0
+    """That come before them in the slot, from the first places of `copied_from`, another slot."""
+    copied_from: int = -1
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +115,7 @@ class _Entry:
     column: int = 0
     """Next free place in its slot."""
     cached_tokens: int = 0
-    """Of its prompt, in nodes that were there, or planned, when it was admitted."""
+    """Of its prompt: in nodes that were there, or planned, when it was admitted, or copied."""
 
     @property
     def begin(self) -> int:
@@ -224,7 +233,8 @@ class Scheduler:
                 if runs and len(run.token_ids) > num_tokens:
                     break
                 self._reading.popleft()
-                first.column = len(run.token_ids)
+                first.column = run.copied_tokens + len(run.token_ids)
+                first.cached_tokens += run.copied_tokens
                 self._running[first.slot] = first
             else:
                 run = self._node_run(first, num_tokens)
@@ -236,12 +246,27 @@ class Scheduler:
         return runs
 
     def _own_run(self, entry: _Entry) -> Run:
+        copied, source = self._most_common(entry)
         return Run(
-            token_ids=entry.token_ids[entry.begin :],
-            position=entry.begin,
+            token_ids=entry.token_ids[entry.begin + copied :],
+            position=entry.begin + copied,
             reads=_ranges(entry.chain),
             slot=entry.slot,
+            copied_tokens=copied,
+            copied_from=source,
         )
+
+    def _most_common(self, entry: _Entry) -> tuple[int, int]:
+        """How many of its own tokens, never its last, another slot holds; and which. (0, -1)."""
+        best = (0, -1)
+        last = len(entry.token_ids) - 1
+        for slot, other in self._running.items():
+            if other.chain[-1:] != entry.chain[-1:]:
+                continue
+            common = min(common_tokens(entry.packed, other.packed), last) - entry.begin
+            if common >= LEAST_COPIED and common > best[0]:
+                best = (common, slot)
+        return best
 
     def _node_run(self, node: Node, num_tokens: int) -> Run:
         done = node.planned

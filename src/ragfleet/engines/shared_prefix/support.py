@@ -17,7 +17,7 @@ import torch
 from ragfleet.engines.shared_prefix.cache import KeyValueCache, Shape
 from ragfleet.engines.shared_prefix.forward import Forward
 from ragfleet.engines.shared_prefix.passes import TensorPass
-from ragfleet.engines.shared_prefix.scheduler import Limits, Pass, Scheduler
+from ragfleet.engines.shared_prefix.scheduler import LEAST_COPIED, Limits, Pass, Scheduler
 
 TOLERANCE: Final = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 """Largest difference of logits, relative to their spread over the vocabulary."""
@@ -99,11 +99,14 @@ def plain_logits(model: Any, prompts: Sequence[Sequence[int]]) -> list[torch.Ten
 
 
 def probe_prompts(vocab_size: int) -> list[list[int]]:
-    """Two that share their first 21 tokens, one alone; the last two of each are the answer."""
+    """Three that share their first 21 tokens, two of them four more, which one copies from the
+    other's slot; one alone. The last two of each are the answer."""
     rng = random.Random(20)
     ids = range(min(vocab_size, 30_000))
-    head = rng.choices(ids, k=21)
-    return [head + rng.choices(ids, k=7), head + rng.choices(ids, k=3), rng.choices(ids, k=12)]
+    head, question = rng.choices(ids, k=21), rng.choices(ids, k=LEAST_COPIED)
+    ends = [[*question, *rng.choices(ids, k=3)], [*question, *rng.choices(ids, k=4)]]
+    ends.append(rng.choices(ids, k=3))
+    return [*(head + end for end in ends), rng.choices(ids, k=12)]
 
 
 ANSWER: Final = 2

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Sequence
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +13,7 @@ from making import EXAMPLES, read_rows, write_corpus
 
 from ragfleet.cli import main
 from ragfleet.contexts.assembly import Assembler, TokenCounter, split_sections
-from ragfleet.contexts.dense import Vectors, make_embedder
+from ragfleet.contexts.dense import Vectors
 from ragfleet.contexts.generate import generate_contexts
 from ragfleet.contexts.options import ContextsOptions
 from ragfleet.contexts.queries import Query, read_queries
@@ -265,46 +263,6 @@ def test_meaning_finds_what_words_cannot(tmp_path: Path, corpus: Path) -> None:
     (row,) = Retriever(options, Fruit()).rows([query])
     assert row["documents"][0]["path"] == "pkg.Frame.merge"
     assert list((corpus / ".index").rglob("dense-fruit-*.npy"))
-
-
-class Together(BaseHTTPRequestHandler):
-    """Says no once, then answers; out of order, as the API may."""
-
-    asked: ClassVar[list[Any]] = []
-
-    def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        self.asked.append((self.path, self.headers["Authorization"], len(body["input"])))
-        self.send_response(429 if len(self.asked) == 1 else 200)
-        self.end_headers()
-        rows = [
-            {"index": i, "embedding": [float(len(text)), 1.0]}
-            for i, text in enumerate(body["input"])
-        ]
-        self.wfile.write(json.dumps({"data": rows[::-1]}).encode())
-
-    def log_message(self, *arguments: Any) -> None:
-        pass
-
-
-def test_embeddings_of_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("TOGETHER_API_KEY", raising=False)
-    with pytest.raises(ConfigError, match="TOGETHER_API_KEY"):
-        make_embedder("togetherai", None)
-    with ThreadingHTTPServer(("127.0.0.1", 0), Together) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        monkeypatch.setenv("TOGETHER_API_KEY", "secret")
-        monkeypatch.setenv("TOGETHER_BASE_URL", f"http://127.0.0.1:{server.server_port}/v1")
-        monkeypatch.setattr("ragfleet.contexts.dense.time.sleep", lambda seconds: None)
-        embedder = make_embedder("togetherai", "some/model")
-        vectors = embedder.embed(["a" * n for n in range(70)])
-        server.shutdown()
-    assert vectors.shape == (70, 2)
-    assert np.allclose(np.linalg.norm(vectors, axis=1), 1.0)
-    assert np.all(np.diff(vectors[1:, 0]) > 0)
-    assert Together.asked[0] == ("/v1/embeddings", "Bearer secret", 64)
-    assert [count for _, _, count in Together.asked] == [64, 64, 6]
-    assert "secret" not in embedder.name
 
 
 DOC = (

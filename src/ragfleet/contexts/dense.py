@@ -1,8 +1,8 @@
 """Search by meaning: an embedding per document, kept on disk, compared by a matrix product.
 
 At tens of thousands of documents that is faster than any approximate index. A local model runs with
-one torch thread per process (two made a query twenty times slower); Together's API is asked in
-batches.
+one torch thread per process (two made a query twenty times slower); Together's API is in
+`contexts.together`.
 """
 
 from __future__ import annotations
@@ -10,12 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib.util
-import json
 import os
-import random
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final, Protocol
@@ -25,15 +20,11 @@ import numpy as np
 from ragfleet.contexts.lexical import MAX_RANKED, Note, best_first
 from ragfleet.contexts.store import Corpus
 from ragfleet.corpus.document import Document
-from ragfleet.errors import ConfigError, RunError
+from ragfleet.errors import ConfigError
 
 DENSE_VERSION: Final = 1
 _DOC_CHARS: Final = 600
 _BATCH: Final = 64
-_TOGETHER_URL: Final = "https://api.together.xyz/v1"
-_TOGETHER_MODEL: Final = "BAAI/bge-large-en-v1.5"
-_RETRIES: Final = 6
-_TIMEOUT_S: Final = 60.0
 
 Vectors = np.ndarray[Any, np.dtype[np.float32]]
 
@@ -101,72 +92,25 @@ def _fingerprint(folder: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-class TogetherEmbedder:
-    """Together's embeddings API. The key comes from TOGETHER_API_KEY and appears nowhere."""
-
-    def __init__(self, model: str | None) -> None:
-        self._key, self._url = _together_access()
-        self._model = model or _TOGETHER_MODEL
-        self.name = "together-" + self._model.replace("/", "_")
-
-    def embed(self, texts: Sequence[str]) -> Vectors:
-        parts = [
-            self._ask(list(texts[start : start + _BATCH])) for start in range(0, len(texts), _BATCH)
-        ]
-        vectors = np.concatenate(parts).astype(np.float32)
-        norms = np.linalg.norm(vectors, axis=1, keepdims=True)
-        return np.asarray(vectors / np.maximum(norms, 1e-12), np.float32)
-
-    def _ask(self, texts: list[str]) -> Vectors:
-        body = json.dumps({"model": self._model, "input": [text or " " for text in texts]})
-        request = urllib.request.Request(
-            self._url,
-            data=body.encode(),
-            headers={"Authorization": f"Bearer {self._key}", "Content-Type": "application/json"},
-        )
-        for attempt in range(_RETRIES):
-            try:
-                with urllib.request.urlopen(request, timeout=_TIMEOUT_S) as response:
-                    rows = json.load(response)["data"]
-                vectors = [row["embedding"] for row in sorted(rows, key=lambda row: row["index"])]
-                if len(vectors) != len(texts):
-                    raise RunError(f"{self._url} gave {len(vectors)} vectors for {len(texts)}.")
-                return np.asarray(vectors, np.float32)
-            except urllib.error.HTTPError as error:
-                problem = f"HTTP {error.code}"
-                if error.code not in (408, 409, 429) and error.code < 500:
-                    raise RunError(f"{self._url} refused: {problem} {error.reason}.") from None
-            except (OSError, ValueError, KeyError, TypeError) as error:
-                problem = str(error)
-            if attempt + 1 < _RETRIES:
-                time.sleep(min(30.0, 2.0**attempt) * (0.5 + random.random()))  # jitter
-        raise RunError(f"{self._url} could not be asked, {_RETRIES} times: {problem}.")
-
-
-def _together_access() -> tuple[str, str]:
-    """The key and the address."""
-    key = os.environ.get("TOGETHER_API_KEY", "")
-    if not key:
-        raise ConfigError(
-            "--embedding_source togetherai needs the key in the environment variable"
-            " TOGETHER_API_KEY."
-        )
-    url = os.environ.get("TOGETHER_BASE_URL", _TOGETHER_URL).rstrip("/") + "/embeddings"
-    if not url.startswith(("https://", "http://")):
-        raise ConfigError(f"TOGETHER_BASE_URL must begin with https://, not {url}.")
-    return key, url
-
-
 def check_embedder(source: str, model: str | None) -> None:
     """Raises ConfigError for whatever can be told without loading a model or asking an API."""
     if source == "local":
         model_folder(model)
     else:
-        _together_access()
+        from ragfleet.contexts.together import together_spec
+
+        together_spec(model)
 
 
-def make_embedder(source: str, model: str | None) -> Embedder:
-    return LocalEmbedder(model) if source == "local" else TogetherEmbedder(model)
+def make_embedder(
+    source: str, model: str | None, account: Path | None = None, num_workers: int = 1
+) -> Embedder:
+    """`account`: where all workers of a run count what they ask of an API."""
+    if source == "local":
+        return LocalEmbedder(model)
+    from ragfleet.contexts.together import TogetherEmbedder
+
+    return TogetherEmbedder(model, account, num_workers)
 
 
 def text_of(document: Document) -> str:

@@ -29,7 +29,7 @@ from ragfleet.contexts.dense import DENSE_VERSION, check_embedder
 from ragfleet.contexts.lexical import INDEX_VERSION
 from ragfleet.contexts.options import ContextsOptions
 from ragfleet.contexts.queries import Query, check_queries, read_queries
-from ragfleet.contexts.retrieve import Retriever
+from ragfleet.contexts.retrieve import ACCOUNT_NAME, Retriever
 from ragfleet.contexts.rowlog import Freshness, RowLog, row_key
 from ragfleet.contexts.store import CorpusStore, NoCorpus
 from ragfleet.corpus.children import begin_child, end_children
@@ -98,10 +98,11 @@ def generate_contexts(options: ContextsOptions, say: OnText | None = None) -> Co
     check_queries(options.queries_file, options.start_index)
     if options.embedding_source is not None:
         check_embedder(options.embedding_source, options.embedding_model)
-    folder = options.output_file.with_name(f"{options.output_file.stem}.contexts")
+    folder = options.log_folder
     _check_output(options, folder)
     summary = ContextsSummary(options.output_file)
     with _locked(folder):
+        (folder / ACCOUNT_NAME).unlink(missing_ok=True)
         log = RowLog(folder / LOG_NAME)
         try:
             log.load(Freshness(store, options.nearest_version))

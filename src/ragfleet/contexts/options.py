@@ -48,6 +48,11 @@ class ContextsOptions:
     verbose: bool = False
     """Tell how each kind of match was distributed, and memory per worker."""
 
+    @property
+    def log_folder(self) -> Path:
+        """Where a run keeps its rows, beside its output."""
+        return self.output_file.with_name(f"{self.output_file.stem}.contexts")
+
     def __post_init__(self) -> None:
         for name in ("queries_file", "corpus_path", "output_file"):
             object.__setattr__(self, name, Path(getattr(self, name)))

@@ -58,6 +58,8 @@ class Docs:
         if not doc and found.kind == "class":
             init = found.members.get("__init__")
             doc = self.of(init) if init is not None and init.owner is found else ""
+            for base in found.bases:  # as `inspect.getdoc` has it, for classes of C code
+                doc = doc or self.of(base)
         if "%(" in doc and found.module is not None:
             doc = self._interpolated(doc)
         return doc
@@ -90,7 +92,7 @@ class Docs:
             except (SyntaxError, ValueError):
                 continue
             if isinstance(node, ast.Call):
-                doc = self._apply(module, node, doc, found.owner)
+                doc = self.applied(module, node, doc, found.owner)
         return doc
 
     def _decorated_value(self, found: Definition) -> str:
@@ -105,9 +107,10 @@ class Docs:
             return ""
         if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Call):
             return ""
-        return self._apply(found.module.path, node.func, "", found.owner)
+        return self.applied(found.module.path, node.func, "", found.owner)
 
-    def _apply(self, module: str, call: ast.Call, doc: str, owner: Definition | None) -> str:
+    def applied(self, module: str, call: ast.Call, doc: str, owner: Definition | None) -> str:
+        """The docstring `doc` after one decorator."""
         name = ast.unparse(call.func).rpartition(".")[2]
         if name == "Substitution":
             return self._substitute(module, call, doc)

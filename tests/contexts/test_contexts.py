@@ -133,8 +133,19 @@ def test_what_cannot_be_retrieved_is_a_row_that_says_why(tmp_path: Path, corpus:
 
 def test_nearest_version_only_when_asked(tmp_path: Path, corpus: Path) -> None:
     query = [{"id": 1, "query": "q", "target_api": "pkg.sort", "dependencies": {"pkg": "1.1"}}]
-    (row,) = generate(tmp_path, query, nearest_version=True)
+    query.append({"id": 2, "query": "sort", "target_api": "pkg.no", "dependencies": {"pkg": "1.0"}})
+    (row, other) = generate(tmp_path, query, nearest_version=True)
     assert row["success"]
+    assert other["match_kind"] == "search"
+    options = ContextsOptions(
+        queries_file=tmp_path / "queries.json",
+        corpus_path=corpus,
+        output_file=tmp_path / "again.jsonl",
+        nearest_version=True,
+    )
+    said = "\n".join(generate_contexts(options).lines())
+    assert "Rows given the NEAREST version, not the one they name: 1" in said
+    assert "target_api no document is about, searched for instead: 1." in said
     assert row["resolved_versions"] == {"pkg": "1.0"}
     assert row["dependencies"] == {"pkg": "1.1"}
 
@@ -312,7 +323,7 @@ def test_the_command(tmp_path: Path, corpus: Path, capsys: pytest.CaptureFixture
     command = ["contexts", "--queries_file", str(queries), *flags]
     assert main([*command, "--start_index", "1", "--max_samples", "1", "--verbose"]) == 0
     assert len(read_rows(tmp_path / "o.jsonl")) == 1
-    assert "1 contexts in" in capsys.readouterr().out
+    assert "1 rows in" in capsys.readouterr().out
     assert main(["contexts", "--queries_file", "none", *flags]) == 2
     assert "no queries file none" in capsys.readouterr().err
     assert main([*command, "--embedding_model", "x"]) == 2

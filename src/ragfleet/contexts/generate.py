@@ -15,11 +15,11 @@ import multiprocessing
 import os
 import resource
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -32,6 +32,7 @@ from ragfleet.contexts.queries import Query, check_queries, read_queries
 from ragfleet.contexts.retrieve import ACCOUNT_NAME, Retriever
 from ragfleet.contexts.rowlog import Freshness, RowLog, row_key
 from ragfleet.contexts.store import CorpusStore, NoCorpus
+from ragfleet.contexts.summary import ContextsSummary
 from ragfleet.corpus.children import begin_child, end_children
 from ragfleet.corpus.download import normal_name
 from ragfleet.errors import ConfigError, InputChanged, OutputError, StorageError, WorkersFailed
@@ -55,39 +56,6 @@ class Done:
     notes: list[str]
 
 
-@dataclass
-class ContextsSummary:
-    """What a run did. `kept` counts distinct questions whose rows were still good; what failed is
-    tried again each time, for that costs nothing."""
-
-    output_file: Path
-    num_rows: int = 0
-    num_failed: int = 0
-    num_distinct: int = 0
-    kept: int = 0
-    stale: int = 0
-    retrieved: int = 0
-    kinds: Counter[str] = field(default_factory=Counter)
-    errors: Counter[str] = field(default_factory=Counter)
-    seconds: float = 0.0
-    tokens: str = ""
-    worker_bytes: int = 0
-
-    def lines(self) -> list[str]:
-        kinds = ", ".join(f"{count:,} {kind}" for kind, count in self.kinds.most_common())
-        lines = [
-            f"{self.num_rows:,} contexts in {self.output_file} ({kinds or 'none retrieved'}).",
-            f"{self.retrieved:,} distinct questions retrieved, {self.kept:,} kept from before"
-            + (f", {self.stale:,} of the earlier ones touched by a change" if self.stale else "")
-            + f"; {self.seconds:.1f} s; {self.worker_bytes >> 20:,} MiB per worker.",
-            f"Tokens are {self.tokens}.",
-        ]
-        if self.num_failed:
-            reasons = ", ".join(f"{count:,} {kind}" for kind, count in self.errors.most_common())
-            lines.append(f"{self.num_failed:,} rows FAILED: {reasons}. Each says why in `error`.")
-        return lines
-
-
 def generate_contexts(options: ContextsOptions, say: OnText | None = None) -> ContextsSummary:
     """Raises a UsageError before anything is spent; StorageError or WorkersFailed later on."""
     say = say or (lambda text: None)
@@ -109,7 +77,7 @@ def generate_contexts(options: ContextsOptions, say: OnText | None = None) -> Co
             stale = log.stale
             used = _retrieve_missing(options, settings, log, summary, say)
             summary.stale = len(stale & used)
-            _write(options, settings, log, summary)
+            _write(options, settings, log, summary, store)
         finally:
             log.close()
     summary.seconds = time.monotonic() - started_s
@@ -344,7 +312,11 @@ def _own_bytes() -> int:
 
 
 def _write(
-    options: ContextsOptions, settings: dict[str, Any], log: RowLog, summary: ContextsSummary
+    options: ContextsOptions,
+    settings: dict[str, Any],
+    log: RowLog,
+    summary: ContextsSummary,
+    store: CorpusStore,
 ) -> None:
     output = options.output_file
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -360,12 +332,7 @@ def _write(
                         " again."
                     )
                 row = _as_asked(read(key), query)
-                summary.num_rows += 1
-                if row["success"]:
-                    summary.kinds[row.get("match_kind", "")] += 1
-                else:
-                    summary.num_failed += 1
-                    summary.errors[row.get("error_type", "")] += 1
+                summary.count(row, query, store)
                 file.write(encode(row) + b"\n")
             file.flush()
             os.fsync(file.fileno())

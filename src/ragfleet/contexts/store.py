@@ -126,6 +126,11 @@ class CorpusStore:
             " nearest one: --nearest_version"
         )
 
+    def has(self, package: str, wanted: Sequence[str]) -> bool:
+        """Whether one of exactly these versions is there."""
+        there = self.versions(package)
+        return any(_same_version(version, there) is not None for version in wanted)
+
     def load(self, package: str, version: str) -> Corpus:
         key = (normal_name(package), version)
         if key not in self._loaded:

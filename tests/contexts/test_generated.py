@@ -68,6 +68,14 @@ PANDAS = {
         "    @property\n    def month(self):\n        '''The month.'''\n"
         "    def tz(self):\n        '''The zone.'''\n"
         "    def hidden(self):\n        '''Not delegated.'''\n"
+        "    _doc = 'The {}.'\n"
+        "    day = _accessor('day', 'D', _doc.format('day'))\n"
+        "    T = property(tz, doc='Transposed.')\n"
+        "    U = property(tz)\n"
+        "def _accessor(name, field, docstring=None): pass\n"
+        "class _Loc:\n    '''Locate by label.'''\n"
+        "def indexers():\n    return [('loc', _Loc), ('bad', unknown)]\n"
+        "for _name, _cls in indexers():\n    Base._create(_name, _cls)\n"
         "class Mixin:\n"
         "    _props = Array._ops + ['nothing']\n"
         "@delegate_names(Array, Mixin._props, typ='property')\n"
@@ -88,6 +96,23 @@ def test_members_of_another_class(make: Maker) -> None:
     assert made.doc("pandas.Index.tz") == "Its own zone."
     assert not any("hidden" in name and "Index" in name for name in made.documents)
     assert "pandas.Index.nothing" not in made.documents
+
+
+def test_documentation_that_is_an_argument(make: Maker) -> None:
+    made = make(PANDAS)
+    assert made.doc("pandas.frame.Array.day") == "The day."
+    assert made.doc("pandas.frame.Array.T") == "Transposed."
+    assert made.doc("pandas.frame.Array.U") == "The zone."
+
+
+def test_instances_from_a_list(make: Maker) -> None:
+    made = make(PANDAS)
+    corpus = corpus_of(made, "pandas")
+    for name in ("pandas.DataFrame.loc", "pandas.Series.loc"):
+        hit = match([corpus], name, False)
+        assert hit is not None
+        assert corpus.documents[hit.number].doc == "Locate by label."
+    assert match([corpus], "pandas.DataFrame.bad", False) is None
 
 
 def test_methods_that_a_classmethod_assigns(make: Maker) -> None:
@@ -165,5 +190,5 @@ def test_scalar_types_of_numpy(make: Maker) -> None:
     assert made.documents["numpy.double"].kind == "class"
     # This version never mentions them.
     assert found("numpy.longfloat") is None
-    assert found("numpy.half") is None
+    assert found("numpy.half.mean") == "member numpy.generic.mean"
     assert found("numpy.intp") is None

@@ -42,6 +42,7 @@ EXTRACTOR_VERSION: Final = 2
 """Raise it when the same archives give other documents: corpora are then built anew."""
 _RECURSION: Final = 20_000
 _BUILD_LIMIT_S: Final = 3600.0
+_EXIT_S: Final = 10.0
 _LEFTOVER_S: Final = 86_400.0
 
 
@@ -138,6 +139,7 @@ def _build_apart(requirement: Requirement, options: BuildOptions) -> Built:
     try:
         if receiver.poll(_BUILD_LIMIT_S):
             built: Built = receiver.recv()
+            process.join(_EXIT_S)  # ended while it exits, it would show a traceback
             return built
     except EOFError:
         process.join()

@@ -2,6 +2,7 @@
 
 @delegate_names(Array, ["year", …], typ)   another class's members, under the same names
 Frame._add_numeric_operations()            a classmethod with `cls.sum = make(cls, "sum", …)`
+for name, cls in f(): Frame._make(name, cls)   instances, from a list that a function returns
 add_flex_arithmetic_methods(Frame)         pandas' operators (`corpus.operators`)
 
 A function made by a factory is documented by the decorators of the function inside, with the
@@ -47,6 +48,8 @@ def add_generated(package: Package, linker: Linker, constants: Constants) -> Non
                 adder.delegate(path, statement)
             elif isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Call):
                 adder.call(path, statement.value)
+            elif isinstance(statement, ast.For) and len(statement.body) == 1:
+                adder.instances(path, statement)
 
 
 class _Adder:
@@ -86,6 +89,35 @@ class _Adder:
             cls = self._linker.expression(path, ast.unparse(call.func.value))
             if cls is not None and cls.kind == "class":
                 self._run(cls, call.func.attr, 0)
+
+    def instances(self, path: str, loop: ast.For) -> None:
+        """A loop over (name, class) pairs that puts an instance of each on a class."""
+        body, source = loop.body[0], loop.iter
+        if not isinstance(body, ast.Expr) or not isinstance(body.value, ast.Call):
+            return
+        call = body.value
+        targets = loop.target.elts if isinstance(loop.target, ast.Tuple) else []
+        same = [ast.unparse(node) for node in targets] == [ast.unparse(node) for node in call.args]
+        if not same or len(targets) != 2 or not isinstance(call.func, ast.Attribute):
+            return
+        holder = self._linker.expression(path, ast.unparse(call.func.value))
+        if holder is None or holder.kind != "class" or not isinstance(source, ast.Call):
+            return
+        found = self._linker.expression(path, ast.unparse(source.func))
+        node = None if found is None else self._node(found)
+        returned = None if node is None else node.body[-1]
+        if found is None or found.module is None or not isinstance(returned, ast.Return):
+            return
+        pairs = returned.value.elts if isinstance(returned.value, ast.List) else []
+        for pair in pairs:
+            if not isinstance(pair, ast.Tuple) or not isinstance(pair.elts[0], ast.Constant):
+                continue
+            name = str(pair.elts[0].value)
+            cls = self._linker.expression(found.module.path, ast.unparse(pair.elts[-1]))
+            if cls is not None and cls.kind == "class" and name not in holder.members:
+                holder.members[name] = Definition(
+                    f"{holder.path}.{name}", "instance", cls.module, cls.tree, holder, cls
+                )
 
     def _run(self, cls: Definition, method: str, depth: int) -> None:
         found = self._linker.member(cls, method)

@@ -2,7 +2,7 @@
 
 `add_newdoc` documents `generic`, with the methods that all of them have, and most of the types.
 What is derived from what, and that `float64` is `double`, stands in C alone, so it stands here: as
-on 64-bit Linux and macOS. A name that the version's own Python files never mention is left out.
+on 64-bit Linux and macOS. Another name that the version's own files never mention is left out.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def link_scalar_types(linker: Linker) -> None:
         modules = [linker.modules.get(f"{folder}.{name}") for name in _SPOKEN_OF]
         texts = [module.text for module in modules if module is not None]
         for name in _BASES:
-            if name not in added and _mentions(texts, name):
+            if name not in added:
                 added[name] = Definition(f"{place}.{name}", "class", None)
         for name, base in _BASES.items():
             if name in added and base in added:

@@ -13,12 +13,13 @@ from making import EXAMPLES, read_rows, write_corpus
 
 from ragfleet.cli import main
 from ragfleet.contexts.assembly import Assembler, TokenCounter, split_sections
-from ragfleet.contexts.dense import Vectors
+from ragfleet.contexts.dense import DenseIndex, Vectors, text_of
 from ragfleet.contexts.generate import generate_contexts
 from ragfleet.contexts.options import ContextsOptions
 from ragfleet.contexts.queries import Query, read_queries
 from ragfleet.contexts.retrieve import Retriever
 from ragfleet.contexts.store import CorpusStore
+from ragfleet.corpus.document import Document
 from ragfleet.errors import ConfigError, InputError
 
 FIELDS = ["id", "original_item_id", "query_index", "dedup_key", "query", "target_api"]
@@ -274,6 +275,55 @@ def test_meaning_finds_what_words_cannot(tmp_path: Path, corpus: Path) -> None:
     (row,) = Retriever(options, Fruit()).rows([query])
     assert row["documents"][0]["path"] == "pkg.Frame.merge"
     assert list((corpus / ".index").rglob("dense-fruit-*.npy"))
+
+
+class Counting(Fruit):
+    """Counts the texts, and may die after some calls."""
+
+    def __init__(self, calls: int = 1000) -> None:
+        self.texts, self.calls = 0, calls
+
+    def embed(self, texts: Sequence[str]) -> Vectors:
+        self.calls -= 1
+        if self.calls < 0:
+            raise KeyboardInterrupt
+        self.texts += len(texts)
+        return np.array([[float(len(text)), 1.0] for text in texts], np.float32)
+
+
+def test_only_what_changed_is_embedded_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ragfleet.contexts.dense._BLOCK", 4)
+    rows = [{"path": f"pkg.f{number}", "doc": "x" * number} for number in range(10)]
+    for row in rows[:1]:
+        row["doc"] = "y"
+    write_corpus(tmp_path / "corpus", "pkg", "1.0", rows)
+
+    def opened(embedder: Counting) -> list[float]:
+        corpus = CorpusStore(tmp_path / "corpus", "docstring").load("pkg", "1.0")
+        index = DenseIndex.open(corpus, embedder, tmp_path / "kept", print)
+        return [float(score) for score in index.scores(np.array([1.0, 0.0], np.float32))]
+
+    with pytest.raises(KeyboardInterrupt):
+        opened(Counting(calls=2))
+    resumed = Counting()
+    first = opened(resumed)
+    assert resumed.texts == 2  # two blocks of four were kept
+    fresh = [len(text_of(document)) for document in _documents(tmp_path)]
+    assert first == fresh
+    rows[3]["doc"] = "an edited text"
+    write_corpus(tmp_path / "corpus", "pkg", "1.0", rows)
+    again = Counting()
+    assert opened(again) == [len(text_of(document)) for document in _documents(tmp_path)]
+    assert again.texts == 1
+    assert opened(Counting(calls=0))[3] == len(text_of(_documents(tmp_path)[3]))
+    kept = sorted(path.suffix for path in (tmp_path / "kept" / "pkg" / "1.0").iterdir())
+    assert kept == [".keys", ".npy"]
+
+
+def _documents(folder: Path) -> list[Document]:
+    return CorpusStore(folder / "corpus", "docstring").load("pkg", "1.0").documents
 
 
 DOC = (

@@ -17,7 +17,7 @@ from typing import Any, Final, Protocol
 
 import numpy as np
 
-from ragfleet.contexts.lexical import MAX_RANKED, Note, best_first
+from ragfleet.contexts.lexical import Note, Scores
 from ragfleet.contexts.store import Corpus
 from ragfleet.corpus.document import Document
 from ragfleet.errors import ConfigError
@@ -25,6 +25,9 @@ from ragfleet.errors import ConfigError
 DENSE_VERSION: Final = 1
 _DOC_CHARS: Final = 600
 _BATCH: Final = 64
+_BLOCK: Final = 512
+"""Documents embedded between two states that are kept: half a minute's work of one core."""
+_KEY_BYTES: Final = 16
 
 Vectors = np.ndarray[Any, np.dtype[np.float32]]
 
@@ -135,13 +138,59 @@ class DenseIndex:
             vectors = _load(path, len(corpus.documents), note)
             if vectors is not None:
                 return cls(vectors)
-        vectors = embedder.embed([text_of(document) for document in corpus.documents])
-        if path is not None:
-            _save(vectors, path, note)
-        return cls(vectors)
+        texts = [text_of(document) for document in corpus.documents]
+        return cls(_embedded(texts, embedder, path, note))
 
-    def rank(self, vector: Vectors, limit: int = MAX_RANKED) -> list[int]:
-        return best_first(self._vectors @ vector, limit, least=-2.0)
+    def scores(self, vector: Vectors) -> Scores:
+        """Cosines [num_documents]."""
+        return np.asarray(self._vectors @ vector, np.float32)
+
+
+def _embedded(texts: Sequence[str], embedder: Embedder, path: Path | None, note: Note) -> Vectors:
+    """Vectors of `texts`, kept at `path`; those that an earlier state of the corpus, or a run that
+    was killed, has left there are not made again."""
+    keys = [
+        hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=_KEY_BYTES).digest()
+        for text in texts
+    ]
+    known = {} if path is None else _known(path)
+    missing = [number for number, key in enumerate(keys) if key not in known]
+    for start in range(0, len(missing), _BLOCK):
+        block = missing[start : start + _BLOCK]
+        made = embedder.embed([texts[number] for number in block])
+        known.update(zip((keys[number] for number in block), made, strict=True))
+        if path is not None and start + _BLOCK < len(missing):
+            _save(np.stack(list(known.values())), list(known), _partial(path), note)
+    if not keys:
+        return np.zeros((0, 0), np.float32)
+    vectors = np.stack([known[key] for key in keys])
+    if path is not None:
+        _save(vectors, keys, path, note)
+    return vectors
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(f"{_stem(path)}-partial.npy")
+
+
+def _stem(path: Path) -> str:
+    """Of the files of all states of one corpus, for one model."""
+    return path.name.rpartition("-")[0]
+
+
+def _known(path: Path) -> dict[bytes, Vectors]:
+    """Hash of a text → its vector, from what is kept beside `path`."""
+    known: dict[bytes, Vectors] = {}
+    for kept in path.parent.glob(f"{_stem(path)}-*.npy"):
+        try:
+            data = kept.with_suffix(".keys").read_bytes()
+            vectors = np.load(kept)
+        except (OSError, ValueError, EOFError):
+            continue  # it only saves work
+        if vectors.ndim == 2 and len(data) == len(vectors) * _KEY_BYTES:
+            for number, vector in enumerate(vectors):
+                known[data[number * _KEY_BYTES : (number + 1) * _KEY_BYTES]] = vector
+    return known
 
 
 def _load(path: Path, num_documents: int, note: Note) -> Vectors | None:
@@ -155,16 +204,17 @@ def _load(path: Path, num_documents: int, note: Note) -> Vectors | None:
     return vectors if vectors.ndim == 2 and len(vectors) == num_documents else None
 
 
-def _save(vectors: Vectors, path: Path, note: Note) -> None:
+def _save(vectors: Vectors, keys: Sequence[bytes], path: Path, note: Note) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            np.save(file, vectors)
-        for old in path.parent.glob("dense-*.npy"):  # of earlier states of the corpus
-            if old.name.rpartition("-")[0] == path.name.rpartition("-")[0]:
+        for name, data in ((path.with_suffix(".keys"), b"".join(keys)), (path, None)):
+            with open(temporary, "wb") as file:
+                np.save(file, vectors) if data is None else file.write(data)
+            temporary.replace(name)
+        for old in path.parent.glob(f"{_stem(path)}-*"):  # of earlier states of the corpus
+            if old.stem != path.stem:
                 old.unlink(missing_ok=True)
-        temporary.replace(path)
     except OSError as error:
         note(f"The index {path} can't be kept ({error.strerror}): it is made each time.")
         with contextlib.suppress(OSError):

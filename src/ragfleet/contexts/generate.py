@@ -31,6 +31,7 @@ from ragfleet.contexts.options import ContextsOptions
 from ragfleet.contexts.queries import Query, check_queries, read_queries
 from ragfleet.contexts.retrieve import ACCOUNT_NAME, Retriever
 from ragfleet.contexts.rowlog import Freshness, RowLog, row_key
+from ragfleet.contexts.search import DENSE_WEIGHT
 from ragfleet.contexts.store import CorpusStore, NoCorpus
 from ragfleet.contexts.summary import ContextsSummary
 from ragfleet.corpus.children import begin_child, end_children
@@ -110,10 +111,13 @@ def run_settings(options: ContextsOptions) -> dict[str, Any]:
             digest.update(path.read_bytes() if path.exists() else b"-")
         tokenizer = digest.hexdigest()[:16]
     model = options.embedding_model
+    embedding = [options.embedding_source, Path(model).name if model else None]
+    if options.embedding_source is not None:
+        embedding.append(f"weight {DENSE_WEIGHT:g}")
     return {
         "index": [INDEX_VERSION, DENSE_VERSION],
         "corpus_type": options.corpus_type,
-        "embedding": [options.embedding_source, Path(model).name if model else None],
+        "embedding": embedding,
         "max_documents": options.max_documents,
         "max_tokens": options.max_tokens,
         "tokenizer": tokenizer,

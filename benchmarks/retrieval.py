@@ -1,6 +1,6 @@
-"""How well and how fast contexts are found.
+"""How well contexts are found.
 
-    python benchmarks/retrieval.py CORPUS_FOLDER [--dense] [--questions 300] [--speed 10000]
+    python benchmarks/retrieval.py CORPUS_FOLDER [--dense] [--questions 300]
     python benchmarks/retrieval.py CORPUS_FOLDER --tune
 
 Quality, on two sets: `hand`, natural questions written by hand that don't name the API
@@ -9,7 +9,7 @@ removed from the indexed copy. Each ranking is compared side by side: by words, 
 shipped, fused with a weight chosen on the other four fifths of the same questions, and fused by
 reciprocal rank. Intervals are 95 % bootstrap percentiles; `fused minus` takes the better one of the
 two by each figure. `--tune` prints what each weight gives on 300 summaries of other documents: the
-shipped weight comes from there. Speed: exact look-ups and searches on one core.
+shipped weight comes from there. How fast: context_speed.py.
 
 Make the folder with: ragfleet corpus build numpy==1.16.6 scipy==1.4.1 requests==2.31.0
 matplotlib==2.0.2 pandas==0.25.3 --corpus_path CORPUS_FOLDER
@@ -22,8 +22,6 @@ import dataclasses
 import json
 import os
 import platform
-import resource
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -58,7 +56,6 @@ def main() -> None:
     parser.add_argument("--dense", action="store_true")
     parser.add_argument("--tune", action="store_true")
     parser.add_argument("--questions", type=int, default=300)
-    parser.add_argument("--speed", type=int, default=0)
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     store = CorpusStore(arguments.corpus, "docstring")
@@ -81,10 +78,6 @@ def main() -> None:
     report["hand"] = quality(corpora, hand_cases(corpora), embedder, arguments.corpus / INDEX)
     changed, cases = auto_cases(corpora, arguments.questions)
     report["auto"] = quality(changed, cases, embedder, arguments.corpus / INDEX, corpora)
-    if arguments.speed:
-        report["speed"] = speed(corpora, arguments.corpus / INDEX, arguments.speed, cases)
-        if embedder is not None:
-            report["speed"]["questions embedded/s (one thread)"] = embedding_speed(embedder, cases)
     text = json.dumps(report, indent=2)
     print(text)
     if arguments.out:
@@ -300,69 +293,6 @@ def difference(
 def resampled(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     random = np.random.default_rng(1)
     return values[random.integers(0, len(values), (RESAMPLES, len(values)))].mean(axis=1)
-
-
-# ---- speed
-
-
-def embedding_speed(embedder: Embedder, cases: Sequence[Case]) -> float:
-    """In batches, as a worker asks."""
-    texts = [case.query for case in cases][:256]
-    embedder.embed(texts[:8])
-    started = time.process_time()
-    embedder.embed(texts)
-    return round(len(texts) / (time.process_time() - started), 1)
-
-
-def speed(
-    corpora: dict[str, Corpus], folder: Path, count: int, cases: Sequence[Case]
-) -> dict[str, Any]:
-    """CPU seconds of this process, so that a busy machine does not count against it."""
-    from ragfleet.contexts.options import ContextsOptions
-    from ragfleet.contexts.queries import Query
-    from ragfleet.contexts.retrieve import Retriever
-
-    total = sum(len(corpus.documents) for corpus in corpora.values())
-    report: dict[str, Any] = {"queries": count, "documents": total}
-    some = next(iter(corpora.values()))
-    options = ContextsOptions(
-        queries_file=Path("-"), corpus_path=some.file.parent.parent, output_file=Path("-")
-    )
-    retriever = Retriever(options)
-    paths = [(name, path) for name, corpus in corpora.items() for path in corpus.paths]
-    exact = [
-        Query(i, i, 0, "What does it do?", path, {name: (corpora[name].version,)})
-        for i, (name, path) in enumerate(paths[i * 7919 % len(paths)] for i in range(count))
-    ]
-    questions = [cases[i % len(cases)] for i in range(count)]
-    search = [
-        Query(i, i, 0, f"{case.query} {i}", None, {case.package: (corpora[case.package].version,)})
-        for i, case in enumerate(questions)
-    ]
-    for name, queries in (("exact", exact), ("search", search)):
-        retriever.rows(queries[:200])  # opens the indexes
-        started, wall = time.process_time(), time.perf_counter()
-        for start in range(0, count, 64):
-            retriever.rows(queries[start : start + 64])
-        report[f"{name} contexts/s (CPU)"] = round(count / (time.process_time() - started))
-        report[f"{name} contexts/s (wall)"] = round(count / (time.perf_counter() - wall))
-    index = {name: LexicalIndex.open(corpus, folder, print) for name, corpus in corpora.items()}
-    started = time.process_time()
-    for query, case in zip(search, questions, strict=True):
-        index[case.package].rank(query.query)
-    report["lexical ranking alone/s (CPU)"] = round(count / (time.process_time() - started))
-    started = time.process_time()
-    for i in range(count):
-        name, path = paths[i * 7919 % len(paths)]
-        match([corpora[name]], path, False)
-    report["exact matching alone/s (CPU)"] = round(count / (time.process_time() - started))
-    started = time.perf_counter()
-    for corpus in corpora.values():
-        LexicalIndex.open(corpus, folder, print)
-    report["cached indexes opened in s"] = round(time.perf_counter() - started, 3)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    report["peak MiB of this process"] = peak >> 10
-    return report
 
 
 if __name__ == "__main__":

@@ -11,7 +11,10 @@ from ragfleet.corpus.document import Document
 PANDAS = {
     "pandas/__init__.py": "from .frame import DataFrame, Series, Index\n",
     "pandas/deco.py": "def delegate_names(*a, **k): pass\nclass Appender: pass\n",
-    "pandas/window.py": "def rolling():\n    '''Roll over windows.'''\n",
+    "pandas/window.py": (
+        "from .deco import Appender\nouter = 'over windows.'\n"
+        "@Appender('Roll ' + outer)\ndef rolling(): pass\n"
+    ),
     "pandas/core/__init__.py": "",
     "pandas/core/ops.py": (
         "def add_flex_arithmetic_methods(cls): secret()\n"
@@ -37,6 +40,7 @@ PANDAS = {
         "class Base:\n"
         "    @classmethod\n"
         "    def _add_numbers(cls):\n"
+        "        outer = 'of the caller'\n"
         "        axis, name = _parms(cls)\n"
         "        klass = 'Thing'\n"
         "        @Appender('Mean deviation of a ' + klass + '.')\n"
@@ -47,6 +51,7 @@ PANDAS = {
         "        cls._add_more()\n"
         "    @classmethod\n"
         "    def _add_more(cls):\n"
+        "        outer = 'of the caller'\n"
         "        from pandas import window as rwindow\n"
         "        def _make(name, desc):\n"
         "            @Substitution(desc=desc)\n"

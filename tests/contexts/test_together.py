@@ -151,7 +151,8 @@ def test_the_command(
     server.faults = []
     assert main(["contexts", *flags]) == 0
     (row,) = read_rows(tmp_path / "out.jsonl")
-    assert row["documents"][0]["path"] == "pkg.sort"
+    assert {document["path"] for document in row["documents"]} == {"pkg.sort", "pkg.read"}
+    assert list((tmp_path / "corpus" / ".index").rglob("dense-together-*.npy"))
     said = "".join(capfd.readouterr())
     assert "(API key)" in said
     assert KEY not in said

@@ -7,6 +7,7 @@ and the account are those of `ragfleet.remote`, and all workers of a run keep on
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import random
 import weakref
@@ -92,7 +93,15 @@ class TogetherEmbedder:
             [text or " " for text in texts[start : start + _BATCH]]
             for start in range(0, len(texts), _BATCH)
         ]
-        found = self._loop.run_until_complete(self._embed_all(parts))
+        task = self._loop.create_task(self._embed_all(parts))
+        try:
+            found = self._loop.run_until_complete(task)
+        except BaseException:
+            if not task.done():  # a signal: nothing may stay behind in the loop
+                task.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    self._loop.run_until_complete(task)
+            raise
         vectors = np.concatenate([np.asarray(rows, np.float32) for rows in found])
         norms = np.linalg.norm(vectors, axis=1, keepdims=True)
         return np.asarray(vectors / np.maximum(norms, 1e-12), np.float32)

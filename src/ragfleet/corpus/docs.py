@@ -36,7 +36,8 @@ class Docs:
             self._depth += 1
             try:
                 if self._depth < _MAX_DEPTH:
-                    self._known[key] = inspect.cleandoc(self._find(found))
+                    with self._constants.inside({}):  # not in the scope of whoever asks
+                        self._known[key] = inspect.cleandoc(self._find(found))
             finally:
                 self._depth -= 1
         return self._known[key]

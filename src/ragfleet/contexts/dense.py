@@ -47,8 +47,10 @@ class LocalEmbedder:
         folder = model_folder(model)
         import torch
         from sentence_transformers import SentenceTransformer
+        from transformers.utils.logging import disable_progress_bar
 
         torch.set_num_threads(1)
+        disable_progress_bar()  # of loading weights, in the middle of our own lines
         try:
             self._model: Any = SentenceTransformer(
                 str(folder), device="cpu", local_files_only=True, trust_remote_code=False

@@ -182,7 +182,7 @@ def _retrieve_missing(
     missing = _missing(options, settings, log, used)
     batches = iter(lambda: list(itertools.islice(missing, BATCH)), [])
     told_s = time.monotonic()
-    for done in _in_order(options, batches):
+    for done in _in_order(options, batches, say):
         for key, names, row in done.rows:
             log.append(key, names, row)
         log.flush()
@@ -222,12 +222,17 @@ def _missing(
                 yield key, query
 
 
-def _in_order(options: ContextsOptions, batches: Iterator[Batch]) -> Iterator[Done]:
+def _in_order(options: ContextsOptions, batches: Iterator[Batch], say: OnText) -> Iterator[Done]:
     """Rows of each batch, in order, computed here or by workers; few batches wait at a time."""
     first = next(batches, None)
     if first is None:
         return
     batches = itertools.chain([first], batches)
+    if options.embedding_source is not None:
+        say(
+            "Documents that have no embedding yet are embedded first"
+            + (" (locally about ten a second)." if options.embedding_source == "local" else ".")
+        )
     # A local embedding model stays out of this process, which may go on to supervise inference.
     if options.num_workers == 1 and options.embedding_source != "local":
         try:

@@ -240,7 +240,7 @@ def dense_index(
         return DenseIndex.open(corpus, embedder, folder, print)
     original = originals[corpus.package]
     DenseIndex.open(original, embedder, folder, print)
-    (path,) = (folder / corpus.package / corpus.version).glob(
+    (path,) = original.index_folder(folder).glob(
         f"dense-{embedder.name}-*-{original.sha256[:16]}.npy"
     )
     vectors = np.load(path)

@@ -19,7 +19,7 @@ from ragfleet.contexts.options import ContextsOptions
 from ragfleet.contexts.queries import Query, read_queries
 from ragfleet.contexts.retrieve import Retriever
 from ragfleet.contexts.store import CorpusStore
-from ragfleet.corpus.document import Document
+from ragfleet.corpus.document import CorpusType, Document
 from ragfleet.errors import ConfigError, InputError
 
 FIELDS = ["id", "original_item_id", "query_index", "dedup_key", "query", "target_api"]
@@ -188,6 +188,25 @@ def test_files_without_queries(tmp_path: Path, text: str) -> None:
         return
     with pytest.raises(InputError):
         list(read_queries(path))
+
+
+def test_both_kinds_of_corpora_keep_their_indexes(tmp_path: Path, corpus: Path) -> None:
+    source = corpus / "pkg" / "1.0.srccodes.jsonl"
+    source.write_text('{"path": "pkg.sort", "doc": "def sort(array): ..."}\n')
+    kinds: list[tuple[str, CorpusType]] = [("a", "docstring"), ("b", "srccodes")]
+    for name, kind in kinds:
+        queries = tmp_path / "q.jsonl"
+        queries.write_text(json.dumps({"query": "sort an array", "dependencies": D}))
+        generate_contexts(
+            ContextsOptions(
+                queries_file=queries,
+                corpus_path=corpus,
+                output_file=tmp_path / f"{name}.jsonl",
+                corpus_type=kind,
+            )
+        )
+        kept = {path.parent.parent.name for path in (corpus / ".index").rglob("complete")}
+    assert kept == {"1.0", "1.0.srccodes"}
 
 
 def test_equal_questions_are_retrieved_once(tmp_path: Path, corpus: Path) -> None:

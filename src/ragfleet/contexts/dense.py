@@ -136,7 +136,7 @@ class DenseIndex:
         path = None
         if cache_folder is not None:
             name = f"dense-{embedder.name}-v{DENSE_VERSION}-{corpus.sha256[:16]}.npy"
-            path = cache_folder / corpus.package / corpus.version / name
+            path = corpus.index_folder(cache_folder) / name
             vectors = _load(path, len(corpus.documents), note)
             if vectors is not None:
                 return cls(vectors)

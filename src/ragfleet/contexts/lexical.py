@@ -98,7 +98,7 @@ class LexicalIndex:
         folder = None
         if cache_folder is not None:
             name = f"bm25s-{bm25s.__version__}-v{INDEX_VERSION}-{corpus.sha256[:16]}"
-            folder = cache_folder / corpus.package / corpus.version / name
+            folder = corpus.index_folder(cache_folder) / name
             retriever = _load(folder, note)
             if retriever is not None:
                 return cls(retriever, len(corpus.documents))

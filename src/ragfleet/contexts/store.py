@@ -40,6 +40,10 @@ class Corpus:
             for alias in document.aliases:
                 self.aliases.setdefault(alias, number)
 
+    def index_folder(self, folder: Path) -> Path:
+        """Where its indexes are kept: those of source code apart from those of documentation."""
+        return folder / self.package / self.file.name.removesuffix(".jsonl")
+
     @cached_property
     def import_roots(self) -> frozenset[str]:
         return frozenset(document.import_root for document in self.documents)

@@ -231,7 +231,7 @@ def _in_order(options: ContextsOptions, batches: Iterator[Batch], say: OnText) -
     if options.embedding_source is not None:
         say(
             "Documents that have no embedding yet are embedded first"
-            + (" (locally about ten a second)." if options.embedding_source == "local" else ".")
+            + (" (locally some eight a second)." if options.embedding_source == "local" else ".")
         )
     # A local embedding model stays out of this process, which may go on to supervise inference.
     if options.num_workers == 1 and options.embedding_source != "local":

@@ -1,11 +1,15 @@
-"""How well and how fast contexts are found.
+"""How well contexts are found.
 
-    python benchmarks/retrieval.py CORPUS_FOLDER [--dense] [--questions 300] [--speed 10000]
+    python benchmarks/retrieval.py CORPUS_FOLDER [--dense] [--questions 300]
+    python benchmarks/retrieval.py CORPUS_FOLDER --tune
 
 Quality, on two sets: `hand`, natural questions written by hand that don't name the API
 (benchmarks/questions.jsonl), and `auto`, an API's own summary as the question, with that summary
-removed from the indexed copy. Each ranking is compared side by side: by words, by meaning, fused.
-Intervals are 95 % bootstrap percentiles. Speed: exact look-ups and searches on one core.
+removed from the indexed copy. Each ranking is compared side by side: by words, by meaning, fused as
+shipped, fused with a weight chosen on the other four fifths of the same questions, and fused by
+reciprocal rank. Intervals are 95 % bootstrap percentiles; `fused minus` takes the better one of the
+two by each figure. `--tune` prints what each weight gives on 300 summaries of other documents: the
+shipped weight comes from there. How fast: context_speed.py.
 
 Make the folder with: ragfleet corpus build numpy==1.16.6 scipy==1.4.1 requests==2.31.0
 matplotlib==2.0.2 pandas==0.25.3 --corpus_path CORPUS_FOLDER
@@ -18,8 +22,6 @@ import dataclasses
 import json
 import os
 import platform
-import resource
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,15 +30,17 @@ import msgspec
 import numpy as np
 
 from ragfleet.contexts.dense import DenseIndex, Embedder, LocalEmbedder, text_of
-from ragfleet.contexts.lexical import LexicalIndex
+from ragfleet.contexts.lexical import MAX_RANKED, LexicalIndex, Scores, best_first
 from ragfleet.contexts.matching import match
-from ragfleet.contexts.search import fuse
+from ragfleet.contexts.search import DENSE_WEIGHT, fuse
 from ragfleet.contexts.store import Corpus, CorpusStore
 from ragfleet.corpus.document import Document
 
 HERE = Path(__file__).resolve().parent
 INDEX = ".index"
 RESAMPLES = 2000
+FOLDS = 5
+WEIGHTS = [tenth / 10 for tenth in range(1, 10)]
 
 
 @dataclasses.dataclass
@@ -50,8 +54,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("corpus", type=Path)
     parser.add_argument("--dense", action="store_true")
+    parser.add_argument("--tune", action="store_true")
     parser.add_argument("--questions", type=int, default=300)
-    parser.add_argument("--speed", type=int, default=0)
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     store = CorpusStore(arguments.corpus, "docstring")
@@ -61,14 +65,19 @@ def main() -> None:
         "python": platform.python_version(),
         "documents": {str(name): len(corpus.documents) for name, corpus in corpora.items()},
     }
-    embedder = LocalEmbedder(None) if arguments.dense else None
+    embedder = LocalEmbedder(None) if arguments.dense or arguments.tune else None
+    if embedder is not None and arguments.tune:
+        changed, cases = auto_cases(corpora, arguments.questions, arguments.questions)
+        ranked = ranks_of(changed, cases, embedder, arguments.corpus / INDEX, corpora)
+        report["weights"] = {
+            f"{weight:.1f}": {name: mean(ranks, score) for name, score in SCORES.items()}
+            for weight, ranks in ranked.by_weight.items()
+        }
+        print(json.dumps(report, indent=2))
+        return
     report["hand"] = quality(corpora, hand_cases(corpora), embedder, arguments.corpus / INDEX)
     changed, cases = auto_cases(corpora, arguments.questions)
     report["auto"] = quality(changed, cases, embedder, arguments.corpus / INDEX, corpora)
-    if arguments.speed:
-        report["speed"] = speed(corpora, arguments.corpus / INDEX, arguments.speed, cases)
-        if embedder is not None:
-            report["speed"]["questions embedded/s (one thread)"] = embedding_speed(embedder, cases)
     text = json.dumps(report, indent=2)
     print(text)
     if arguments.out:
@@ -92,8 +101,13 @@ def hand_cases(corpora: dict[str, Corpus]) -> list[Case]:
     return cases
 
 
-def auto_cases(corpora: dict[str, Corpus], count: int) -> tuple[dict[str, Corpus], list[Case]]:
-    """Corpora in which the chosen documents lost their summaries, and the questions."""
+def auto_cases(
+    corpora: dict[str, Corpus], count: int, start: int = 0
+) -> tuple[dict[str, Corpus], list[Case]]:
+    """Corpora in which the chosen documents lost their summaries, and the questions.
+
+    Ranges of `start` that don't overlap have no document in common.
+    """
     random = np.random.default_rng(0)
     candidates = [
         (name, number)
@@ -101,7 +115,8 @@ def auto_cases(corpora: dict[str, Corpus], count: int) -> tuple[dict[str, Corpus
         for number, document in enumerate(corpus.documents)
         if len(document.summary.split()) >= 6 and len(document.doc) > 300
     ]
-    chosen = [candidates[int(i)] for i in random.permutation(len(candidates))[:count]]
+    chosen = [candidates[int(i)] for i in random.permutation(len(candidates))]
+    chosen = chosen[start : start + count]
     cases, changed = [], {}
     for name, corpus in corpora.items():
         documents = list(corpus.documents)
@@ -110,7 +125,7 @@ def auto_cases(corpora: dict[str, Corpus], count: int) -> tuple[dict[str, Corpus
                 document = documents[number]
                 cases.append(Case(document.summary, name, frozenset({number})))
                 documents[number] = without_summary(document)
-        digest = f"auto-{count}-{corpus.sha256}"
+        digest = f"auto-{start}-{count}-{corpus.sha256}"
         changed[name] = Corpus(name, corpus.version, corpus.file, documents, digest)
     return changed, cases
 
@@ -126,6 +141,50 @@ def without_summary(document: Document) -> Document:
 # ---- quality
 
 
+@dataclasses.dataclass
+class Ranked:
+    """The rank of the right document for each question: by method, and for each weight."""
+
+    by_method: dict[str, list[int]]
+    by_weight: dict[float, list[int]]
+
+
+def ranks_of(
+    corpora: dict[str, Corpus],
+    cases: Sequence[Case],
+    embedder: Embedder | None,
+    folder: Path,
+    originals: dict[str, Corpus] | None,
+) -> Ranked:
+    lexical = {
+        name: LexicalIndex.open(corpus, None if originals else folder, print)
+        for name, corpus in corpora.items()
+    }
+    words = [lexical[case.package].scores(case.query) for case in cases]
+    found = {"lexical": [rank_in(scores, case) for scores, case in zip(words, cases, strict=True)]}
+    if embedder is None:
+        return Ranked(found, {})
+    vectors = embedder.embed([case.query for case in cases])
+    dense = {
+        name: dense_index(corpus, embedder, folder, originals) for name, corpus in corpora.items()
+    }
+    meaning = [
+        dense[case.package].scores(vector) for case, vector in zip(cases, vectors, strict=True)
+    ]
+    triples = list(zip(words, meaning, cases, strict=True))
+    by_weight = {
+        weight: [rank_in(fuse(one, two, weight), case) for one, two, case in triples]
+        for weight in WEIGHTS
+    }
+    found["dense"] = [rank_in(two, case, -2.0) for _, two, case in triples]
+    found["fused"] = by_weight[DENSE_WEIGHT]
+    found["fused, weight cross-validated"] = cross_validated(by_weight)
+    found["fused by reciprocal rank"] = [
+        rank_in(reciprocal(one, two), case) for one, two, case in triples
+    ]
+    return Ranked(found, by_weight)
+
+
 def quality(
     corpora: dict[str, Corpus],
     cases: Sequence[Case],
@@ -133,34 +192,45 @@ def quality(
     folder: Path,
     originals: dict[str, Corpus] | None = None,
 ) -> dict[str, Any]:
-    lexical = {
-        name: LexicalIndex.open(corpus, None if originals else folder, print)
-        for name, corpus in corpora.items()
-    }
-    rankings = {"lexical": [lexical[case.package].rank(case.query) for case in cases]}
-    if embedder is not None:
-        vectors = embedder.embed([case.query for case in cases])
-        dense = {
-            name: dense_index(corpus, embedder, folder, originals)
-            for name, corpus in corpora.items()
-        }
-        rankings["dense"] = [
-            dense[case.package].rank(vector) for case, vector in zip(cases, vectors, strict=True)
-        ]
-        rankings["fused"] = [
-            fuse(pair) for pair in zip(rankings["lexical"], rankings["dense"], strict=True)
-        ]
-    ranks = {
-        how: [first_rank(ranking, case) for ranking, case in zip(found, cases, strict=True)]
-        for how, found in rankings.items()
-    }
+    ranked = ranks_of(corpora, cases, embedder, folder, originals)
+    found = ranked.by_method
     report: dict[str, Any] = {"questions": len(cases)}
-    for how, found_ranks in ranks.items():
-        report[how] = {name: interval(found_ranks, score) for name, score in SCORES.items()}
-    if "fused" in ranks:
-        for other in ("lexical", "dense"):
-            report[f"fused minus {other}, R@10"] = difference(ranks["fused"], ranks[other])
+    for how, ranks in found.items():
+        report[how] = {name: interval(ranks, score) for name, score in SCORES.items()}
+    for how in found:
+        if how.startswith("fused"):
+            report[f"{how} minus"] = {
+                f"{name} of {better}": difference(found[how], found[better], score)
+                for name, score in SCORES.items()
+                for better in [max(("dense", "lexical"), key=lambda k: mean(found[k], score))]
+            }
     return report
+
+
+def cross_validated(by_weight: dict[float, list[int]]) -> list[int]:
+    """Each fifth ranked with the weight that is best by MRR on the four others."""
+    count = len(next(iter(by_weight.values())))
+    order = np.random.default_rng(2).permutation(count)
+    ranks = [0] * count
+    for fold in np.array_split(order, FOLDS):
+        others = sorted(set(range(count)) - {int(i) for i in fold})
+        scores = {
+            weight: mean([found[i] for i in others], SCORES["MRR"])
+            for weight, found in by_weight.items()
+        }
+        best = max(scores, key=lambda weight: scores[weight])
+        for i in fold:
+            ranks[int(i)] = by_weight[best][int(i)]
+    return ranks
+
+
+def reciprocal(lexical: Scores, dense: Scores, k: int = 60) -> Scores:
+    """For comparison: the first 50 of each, by the sum of 1 / (k + rank)."""
+    scores = np.zeros(len(lexical), np.float32)
+    for ranking in (best_first(lexical, MAX_RANKED), best_first(dense, MAX_RANKED, -2.0)):
+        for rank, number in enumerate(ranking, 1):
+            scores[number] += 1.0 / (k + rank)
+    return scores
 
 
 def dense_index(
@@ -170,7 +240,7 @@ def dense_index(
         return DenseIndex.open(corpus, embedder, folder, print)
     original = originals[corpus.package]
     DenseIndex.open(original, embedder, folder, print)
-    (path,) = (folder / corpus.package / corpus.version).glob(
+    (path,) = original.index_folder(folder).glob(
         f"dense-{embedder.name}-*-{original.sha256[:16]}.npy"
     )
     vectors = np.load(path)
@@ -185,8 +255,9 @@ def dense_index(
     return DenseIndex(vectors)
 
 
-def first_rank(ranking: Sequence[int], case: Case) -> int:
+def rank_in(scores: Scores, case: Case, least: float = 0.0) -> int:
     """1-based; 0 where the document is not among the ranked."""
+    ranking = best_first(scores, MAX_RANKED, least)
     return next((rank for rank, number in enumerate(ranking, 1) if number in case.expected), 0)
 
 
@@ -206,9 +277,14 @@ def interval(ranks: Sequence[int], score: Callable[[int], float]) -> list[float]
     return [round(float(number), 3) for number in (values.mean(), low, high)]
 
 
-def difference(ranks: Sequence[int], others: Sequence[int]) -> list[float]:
-    """Paired: the same questions are drawn for both."""
-    score = SCORES["R@10"]
+def mean(ranks: Sequence[int], score: Callable[[int], float]) -> float:
+    return round(sum(score(rank) for rank in ranks) / len(ranks), 4)
+
+
+def difference(
+    ranks: Sequence[int], others: Sequence[int], score: Callable[[int], float]
+) -> list[float]:
+    """[mean, low, high], paired: the same questions are drawn for both."""
     values = np.array([score(a) - score(b) for a, b in zip(ranks, others, strict=True)])
     low, high = np.percentile(resampled(values), [2.5, 97.5])
     return [round(float(number), 3) for number in (values.mean(), low, high)]
@@ -217,69 +293,6 @@ def difference(ranks: Sequence[int], others: Sequence[int]) -> list[float]:
 def resampled(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     random = np.random.default_rng(1)
     return values[random.integers(0, len(values), (RESAMPLES, len(values)))].mean(axis=1)
-
-
-# ---- speed
-
-
-def embedding_speed(embedder: Embedder, cases: Sequence[Case]) -> float:
-    """In batches, as a worker asks."""
-    texts = [case.query for case in cases][:256]
-    embedder.embed(texts[:8])
-    started = time.process_time()
-    embedder.embed(texts)
-    return round(len(texts) / (time.process_time() - started), 1)
-
-
-def speed(
-    corpora: dict[str, Corpus], folder: Path, count: int, cases: Sequence[Case]
-) -> dict[str, Any]:
-    """CPU seconds of this process, so that a busy machine does not count against it."""
-    from ragfleet.contexts.options import ContextsOptions
-    from ragfleet.contexts.queries import Query
-    from ragfleet.contexts.retrieve import Retriever
-
-    total = sum(len(corpus.documents) for corpus in corpora.values())
-    report: dict[str, Any] = {"queries": count, "documents": total}
-    some = next(iter(corpora.values()))
-    options = ContextsOptions(
-        queries_file=Path("-"), corpus_path=some.file.parent.parent, output_file=Path("-")
-    )
-    retriever = Retriever(options)
-    paths = [(name, path) for name, corpus in corpora.items() for path in corpus.paths]
-    exact = [
-        Query(i, i, 0, "What does it do?", path, {name: (corpora[name].version,)})
-        for i, (name, path) in enumerate(paths[i * 7919 % len(paths)] for i in range(count))
-    ]
-    questions = [cases[i % len(cases)] for i in range(count)]
-    search = [
-        Query(i, i, 0, f"{case.query} {i}", None, {case.package: (corpora[case.package].version,)})
-        for i, case in enumerate(questions)
-    ]
-    for name, queries in (("exact", exact), ("search", search)):
-        retriever.rows(queries[:200])  # opens the indexes
-        started, wall = time.process_time(), time.perf_counter()
-        for start in range(0, count, 64):
-            retriever.rows(queries[start : start + 64])
-        report[f"{name} contexts/s (CPU)"] = round(count / (time.process_time() - started))
-        report[f"{name} contexts/s (wall)"] = round(count / (time.perf_counter() - wall))
-    index = {name: LexicalIndex.open(corpus, folder, print) for name, corpus in corpora.items()}
-    started = time.process_time()
-    for query, case in zip(search, questions, strict=True):
-        index[case.package].rank(query.query)
-    report["lexical ranking alone/s (CPU)"] = round(count / (time.process_time() - started))
-    started = time.process_time()
-    for i in range(count):
-        name, path = paths[i * 7919 % len(paths)]
-        match([corpora[name]], path, False)
-    report["exact matching alone/s (CPU)"] = round(count / (time.process_time() - started))
-    started = time.perf_counter()
-    for corpus in corpora.values():
-        LexicalIndex.open(corpus, folder, print)
-    report["cached indexes opened in s"] = round(time.perf_counter() - started, 3)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    report["peak MiB of this process"] = peak >> 10
-    return report
 
 
 if __name__ == "__main__":

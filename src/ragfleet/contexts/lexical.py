@@ -25,6 +25,7 @@ _CJK: Final = re.compile(f"[{_CJK_RANGES}]")
 _RUN: Final = re.compile(rf"[{_CJK_RANGES}]+|[^\W{_CJK_RANGES}]+")
 _NAME: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]*|[0-9]+")
 _CAMEL: Final = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
+Scores = np.ndarray[Any, np.dtype[np.float32]]
 Note = Callable[[str], None]
 """Is told what degraded."""
 _MAX_ALIASES: Final = 8
@@ -97,7 +98,7 @@ class LexicalIndex:
         folder = None
         if cache_folder is not None:
             name = f"bm25s-{bm25s.__version__}-v{INDEX_VERSION}-{corpus.sha256[:16]}"
-            folder = cache_folder / corpus.package / corpus.version / name
+            folder = corpus.index_folder(cache_folder) / name
             retriever = _load(folder, note)
             if retriever is not None:
                 return cls(retriever, len(corpus.documents))
@@ -108,16 +109,17 @@ class LexicalIndex:
             _save(retriever, folder, note)
         return cls(retriever, len(corpus.documents))
 
+    def scores(self, text: str) -> Scores:
+        """Of each document [num_documents]; 0 for those that share no word with `text`."""
+        tokens = list(dict.fromkeys(words(text)))
+        ids = self._retriever.get_tokens_ids(tokens) if self._num_documents else []
+        if not ids:
+            return np.zeros(self._num_documents, np.float32)
+        return np.asarray(self._retriever.get_scores_from_ids(ids), np.float32)
+
     def rank(self, text: str, limit: int = MAX_RANKED) -> list[int]:
         """Documents that share a word with `text`, best first; ties in the corpus's order."""
-        if self._num_documents == 0:
-            return []
-        tokens = list(dict.fromkeys(words(text)))
-        ids = self._retriever.get_tokens_ids(tokens)
-        if not ids:
-            return []
-        scores = np.asarray(self._retriever.get_scores_from_ids(ids))
-        return best_first(scores, limit)
+        return best_first(self.scores(text), limit)
 
 
 def best_first(scores: np.ndarray[Any, Any], limit: int, least: float = 0.0) -> list[int]:

@@ -25,7 +25,7 @@ class ContextsOptions:
     corpus_type: CorpusType = "docstring"
     """What contexts are made of: documentation, or source code."""
     embedding_source: EmbeddingSource | None = None
-    """Search by meaning too, and fuse both by rank: a local model, or Together's embeddings API
+    """Search by meaning too, and weigh both: a local model, or Together's embeddings API
     (empty: by words alone)."""
     embedding_model: str | None = None
     """Folder or name of the embedding model (empty: all-MiniLM-L6-v2, English, from a package)."""
@@ -47,6 +47,11 @@ class ContextsOptions:
     """Worker processes."""
     verbose: bool = False
     """Tell how each kind of match was distributed, and memory per worker."""
+
+    @property
+    def log_folder(self) -> Path:
+        """Where a run keeps its rows, beside its output."""
+        return self.output_file.with_name(f"{self.output_file.stem}.contexts")
 
     def __post_init__(self) -> None:
         for name in ("queries_file", "corpus_path", "output_file"):

@@ -17,6 +17,8 @@ from ragfleet.contexts.store import Corpus, CorpusStore, NoCorpus
 from ragfleet.corpus.download import normal_name
 
 INDEX_FOLDER: Final = ".index"
+ACCOUNT_NAME: Final = "rates.json"
+"""What all workers have asked of an embeddings API; begun anew by each run."""
 METHODS: Final = {
     "path": "exact_api_match",
     "alias": "exact_api_match",
@@ -33,7 +35,12 @@ class Retriever:
         self.options = options
         self.store = CorpusStore(options.corpus_path, options.corpus_type)
         if embedder is None and options.embedding_source is not None:
-            embedder = make_embedder(options.embedding_source, options.embedding_model)
+            embedder = make_embedder(
+                options.embedding_source,
+                options.embedding_model,
+                options.log_folder / ACCOUNT_NAME,
+                options.num_workers,
+            )
         self.searcher = Searcher(options.corpus_path / INDEX_FOLDER, embedder)
         self.counter = TokenCounter(options.model_path)
         self._assembler = Assembler(self.counter, options.max_documents, options.max_tokens)

@@ -1,6 +1,6 @@
-"""Ranking documents for a question: by words, by meaning, and both fused by reciprocal rank.
+"""Ranking documents for a question: by words, by meaning, and by the weighted sum of both.
 
-Packages are merged by rank too: scores of separate indexes don't compare.
+Packages are merged by rank: scores of separate indexes don't compare.
 """
 
 from __future__ import annotations
@@ -10,23 +10,31 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Final
 
+import numpy as np
+
 from ragfleet.contexts.dense import DenseIndex, Embedder, Vectors
-from ragfleet.contexts.lexical import LexicalIndex, query_text
+from ragfleet.contexts.lexical import MAX_RANKED, LexicalIndex, Scores, best_first, query_text
 from ragfleet.contexts.store import Corpus
 
-RRF_K: Final = 60
-"""Cormack, Clarke and Büttcher 2009."""
+DENSE_WEIGHT: Final = 0.6
+"""Chosen on questions of which none is among those that quality is reported on:
+`benchmarks/retrieval.py --tune`."""
 
 
-def fuse(rankings: Sequence[Sequence[int]], k: int = RRF_K) -> list[int]:
-    """Reciprocal rank fusion; equal scores in the order in which they first appear."""
-    if len(rankings) == 1:
-        return list(rankings[0])
-    scores: dict[int, float] = {}
-    for ranking in rankings:
-        for rank, number in enumerate(ranking, 1):
-            scores[number] = scores.get(number, 0.0) + 1.0 / (k + rank)
-    return sorted(scores, key=lambda number: -scores[number])
+def fuse(lexical: Scores, dense: Scores, dense_weight: float = DENSE_WEIGHT) -> Scores:
+    """The weighted sum of both, each spread over 0 to 1 (Bruch, Gai and Ingber 2023).
+
+    Ranks alone forget by how much the first one leads; where no document shares a word with the
+    question, meaning decides alone.
+    """
+    return (1.0 - dense_weight) * _spread(lexical) + dense_weight * _spread(dense)
+
+
+def _spread(scores: Scores) -> Scores:
+    if not len(scores):
+        return scores
+    least, most = scores.min(), scores.max()
+    return (scores - least) / (most - least) if most > least else np.zeros_like(scores)
 
 
 class Searcher:
@@ -75,9 +83,12 @@ class Searcher:
         text = query_text(query, target_api)
         rankings = []
         for corpus in corpora:
-            found = [self.lexical(corpus).rank(text)]
-            if self._embedder is not None and vector is not None:
-                found.append(self.dense(corpus, self._embedder).rank(vector))
-            rankings.append([(corpus, number) for number in fuse(found)])
+            scores = self.lexical(corpus).scores(text)
+            if self._embedder is None or vector is None:
+                found = best_first(scores, MAX_RANKED)
+            else:
+                scores = fuse(scores, self.dense(corpus, self._embedder).scores(vector))
+                found = best_first(scores, MAX_RANKED, least=-1.0)
+            rankings.append([(corpus, number) for number in found])
         for row in zip_longest(*rankings):
             yield from (hit for hit in row if hit is not None)

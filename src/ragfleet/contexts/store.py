@@ -40,6 +40,10 @@ class Corpus:
             for alias in document.aliases:
                 self.aliases.setdefault(alias, number)
 
+    def index_folder(self, folder: Path) -> Path:
+        """Where its indexes are kept: those of source code apart from those of documentation."""
+        return folder / self.package / self.file.name.removesuffix(".jsonl")
+
     @cached_property
     def import_roots(self) -> frozenset[str]:
         return frozenset(document.import_root for document in self.documents)
@@ -125,6 +129,11 @@ class CorpusStore:
             f" ragfleet corpus build {package}=={wanted[0] if wanted else 'VERSION'}; or take the"
             " nearest one: --nearest_version"
         )
+
+    def has(self, package: str, wanted: Sequence[str]) -> bool:
+        """Whether one of exactly these versions is there."""
+        there = self.versions(package)
+        return any(_same_version(version, there) is not None for version in wanted)
 
     def load(self, package: str, version: str) -> Corpus:
         key = (normal_name(package), version)

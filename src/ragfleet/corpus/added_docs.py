@@ -52,7 +52,8 @@ class _Reader:
         arguments = call.args
         if name == "add_newdoc_for_scalar_type" and len(arguments) == 3:
             scalar = self._text(arguments[0])
-            return self._add("numpy.core.numerictypes", scalar, self._text(arguments[2]))
+            place = self._module.rpartition(".")[0]
+            return self._add(f"{place}.numerictypes", scalar, self._text(arguments[2]))
         if len(arguments) == 2:
             place = self._module.rpartition(".")[0]
             return self._add(place, self._text(arguments[0]), self._text(arguments[1]))

@@ -38,10 +38,11 @@ from ragfleet.errors import ConfigError, InputError, OutputError, RagfleetError
 if TYPE_CHECKING:
     from ragfleet.corpus.modules import Package
 
-EXTRACTOR_VERSION: Final = 1
+EXTRACTOR_VERSION: Final = 2
 """Raise it when the same archives give other documents: corpora are then built anew."""
 _RECURSION: Final = 20_000
 _BUILD_LIMIT_S: Final = 3600.0
+_EXIT_S: Final = 10.0
 _LEFTOVER_S: Final = 86_400.0
 
 
@@ -138,6 +139,7 @@ def _build_apart(requirement: Requirement, options: BuildOptions) -> Built:
     try:
         if receiver.poll(_BUILD_LIMIT_S):
             built: Built = receiver.recv()
+            process.join(_EXIT_S)  # ended while it exits, it would show a traceback
             return built
     except EOFError:
         process.join()
@@ -284,11 +286,15 @@ def _documents(
     from ragfleet.corpus.constants import Constants
     from ragfleet.corpus.docs import Docs
     from ragfleet.corpus.emit import Emitter
+    from ragfleet.corpus.generated import add_generated
     from ragfleet.corpus.linker import Linker
+    from ragfleet.corpus.scalar_types import link_scalar_types
 
     linker = Linker(package)
     constants = Constants(linker)
     collect_added(package, linker, constants)
+    link_scalar_types(linker)
+    add_generated(package, linker, constants)
     emitter = Emitter(package, linker, Docs(linker, constants))
     documents = list(emitter.documents(requirement.name, requirement.version, options.corpus_type))
     if options.extractor == "dynamic":

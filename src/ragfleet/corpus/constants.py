@@ -7,13 +7,15 @@ interpolates. Folding these by hand, on the syntax tree, gives what an import wo
 from __future__ import annotations
 
 import ast
+import contextlib
 import inspect
 import textwrap
 from collections import defaultdict
+from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
 from ragfleet.corpus.exports import top_level
-from ragfleet.corpus.linker import Linker
+from ragfleet.corpus.linker import Definition, Linker
 
 _MAX_DEPTH: Final = 30
 _MAX_CHARS: Final = 1 << 20
@@ -31,6 +33,19 @@ class Constants:
         self._assigned: dict[str, dict[str, list[tuple[str, Any, ast.expr]]]] = {}
         self._values: dict[tuple[str, str], Any] = {}
         self._depth = 0
+        self._scope: Mapping[str, Any] = {}
+        self._owner: Definition | None = None
+
+    @contextlib.contextmanager
+    def inside(self, scope: Mapping[str, Any], owner: Definition | None = None) -> Iterator[None]:
+        """Names of a function's body (Unknown where they can't be told) or of a class's come
+        before the module's."""
+        before = self._scope, self._owner
+        self._scope, self._owner = scope, owner
+        try:
+            yield
+        finally:
+            self._scope, self._owner = before
 
     def value(self, module: str, node: ast.expr) -> Any:
         """Raises Unknown."""
@@ -58,14 +73,14 @@ class Constants:
         if isinstance(node, ast.Constant):
             return node.value
         if isinstance(node, ast.Name):
-            return self.named(module, node.id)
+            return self._local(module, node.id)
         if isinstance(node, ast.BinOp):
             return self._operation(module, node)
         if isinstance(node, ast.JoinedStr):
             return "".join(self._piece(module, part) for part in node.values)
         if isinstance(node, ast.Dict):
             return self._dict(module, node)
-        if isinstance(node, ast.Tuple | ast.List):
+        if isinstance(node, ast.Tuple | ast.List | ast.Set):
             return tuple(self.value(module, element) for element in node.elts)
         if isinstance(node, ast.Subscript):
             return self.value(module, node.value)[self.value(module, node.slice)]
@@ -76,10 +91,13 @@ class Constants:
         raise Unknown
 
     def _operation(self, module: str, node: ast.BinOp) -> Any:
-        if isinstance(node.op, ast.Add):
+        if isinstance(node.op, ast.Add | ast.BitOr):
             sides = [self._or_none(module, side) for side in (node.left, node.right)]
             if None in sides:
                 # Of a long text one computed piece can't be told: the rest is worth having.
+                known = next((side for side in sides if isinstance(side, tuple)), None)
+                if known is not None:
+                    return known
                 text = "".join(side for side in sides if isinstance(side, str))
                 if not text:
                     raise Unknown
@@ -146,6 +164,8 @@ class Constants:
         last = name.rpartition(".")[2]
         if last == "dict" and name == "dict":
             return self._dict_call(module, node)
+        if name in ("list", "tuple", "set", "sorted") and len(node.args) == 1:
+            return tuple(self.value(module, node.args[0]))
         if last in ("dedent", "cleandoc", "getdoc", "str"):
             text = self.value(module, node.args[0])
             return inspect.cleandoc(text) if last == "cleandoc" else textwrap.dedent(text)
@@ -179,17 +199,44 @@ class Constants:
                 raise Unknown
             return doc
         owner = self._linker.expression(module, ast.unparse(node.value))
+        if owner is not None and owner.kind == "class":
+            return self._of_class(owner, node.attr)
         if owner is None or owner.kind != "module":
             raise Unknown
         return self.named(owner.path, node.attr)
 
     # ---- names
 
+    def _local(self, module: str, name: str) -> Any:
+        if name in self._scope:
+            value = self._scope[name]
+            if value is Unknown:
+                raise Unknown
+            return value
+        if self._owner is not None and name in self._owner.members:
+            return self._of_class(self._owner, name)
+        return self.named(module, name)
+
+    def _of_class(self, cls: Definition, name: str) -> Any:
+        """The value of a class's attribute."""
+        found = self._linker.member(cls, name)
+        if found is None or found.kind != "attribute" or found.module is None:
+            raise Unknown
+        if found.tree is None or found.tree.value is None:
+            raise Unknown
+        try:
+            node = ast.parse(str(found.tree.value), mode="eval").body
+        except (SyntaxError, ValueError) as error:
+            raise Unknown from error
+        with self.inside({}, found.owner):
+            return self.value(found.module.path, node)
+
     def named(self, module: str, name: str) -> Any:
         key = (module, name)
         if key not in self._values:
             self._values[key] = Unknown
-            self._values[key] = self._named(module, name)
+            with self.inside({}):
+                self._values[key] = self._named(module, name)
         value = self._values[key]
         if value is Unknown:
             raise Unknown

@@ -36,7 +36,8 @@ class Docs:
             self._depth += 1
             try:
                 if self._depth < _MAX_DEPTH:
-                    self._known[key] = inspect.cleandoc(self._find(found))
+                    with self._constants.inside({}):  # not in the scope of whoever asks
+                        self._known[key] = inspect.cleandoc(self._find(found))
             finally:
                 self._depth -= 1
         return self._known[key]
@@ -46,7 +47,7 @@ class Docs:
         if found.kind == "function" and found.tree is not None:
             doc = self._decorated(found, doc)
         if not doc and found.kind == "attribute" and found.module is not None:
-            doc = self._decorated_value(found)
+            doc = self._decorated_value(found) or self._given(found)
         if not doc and found.doc:
             doc = found.doc
         if not doc:
@@ -54,10 +55,13 @@ class Docs:
         if not doc and found.owner is not None:
             doc = self._inherited(found)
         if not doc and found.kind == "instance" and found.instance_of is not None:
-            doc = self.of(found.instance_of)
+            classes = self._linker.mro(found.instance_of)
+            doc = next((text for text in map(self.of, classes) if text), "")
         if not doc and found.kind == "class":
             init = found.members.get("__init__")
             doc = self.of(init) if init is not None and init.owner is found else ""
+            for base in found.bases:  # as `inspect.getdoc` has it, for classes of C code
+                doc = doc or self.of(base)
         if "%(" in doc and found.module is not None:
             doc = self._interpolated(doc)
         return doc
@@ -90,24 +94,40 @@ class Docs:
             except (SyntaxError, ValueError):
                 continue
             if isinstance(node, ast.Call):
-                doc = self._apply(module, node, doc, found.owner)
+                doc = self.applied(module, node, doc, found.owner)
         return doc
 
     def _decorated_value(self, found: Definition) -> str:
         """`read_csv = Appender(text)(read_csv)`."""
         assert found.module is not None
-        value = "" if found.tree is None or found.tree.value is None else str(found.tree.value)
-        if not 0 < len(value) < 5000 or ")(" not in value:
+        node = _call_of(found)
+        if node is None or not isinstance(node.func, ast.Call):
             return ""
-        try:
-            node = ast.parse(value, mode="eval").body
-        except (SyntaxError, ValueError):
-            return ""
-        if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Call):
-            return ""
-        return self._apply(found.module.path, node.func, "", found.owner)
+        return self.applied(found.module.path, node.func, "", found.owner)
 
-    def _apply(self, module: str, call: ast.Call, doc: str, owner: Definition | None) -> str:
+    def _given(self, found: Definition) -> str:
+        """`year = accessor("year", "The year.")`: the argument of a parameter that is called `doc`
+        or `docstring`; or a property's getter."""
+        assert found.module is not None
+        node, module = _call_of(found), found.module.path
+        if node is None or isinstance(node.func, ast.Call):
+            return ""
+        names = ["fget", "fset", "fdel", "doc"]
+        called = self._linker.expression(module, ast.unparse(node.func), found.owner)
+        if called is not None and called.kind == "function" and called.tree is not None:
+            names = [parameter.name for parameter in called.tree.parameters]
+        elif ast.unparse(node.func) != "property":
+            return ""
+        given = dict(zip(names, node.args, strict=False))
+        given |= {keyword.arg: keyword.value for keyword in node.keywords if keyword.arg}
+        doc = given.get("doc", given.get("docstring", given.get("fget")))
+        if doc is None:
+            return ""
+        with self._constants.inside({}, found.owner):
+            return self._lent(module, doc, found.owner) or ""
+
+    def applied(self, module: str, call: ast.Call, doc: str, owner: Definition | None) -> str:
+        """The docstring `doc` after one decorator."""
         name = ast.unparse(call.func).rpartition(".")[2]
         if name == "Substitution":
             return self._substitute(module, call, doc)
@@ -183,6 +203,18 @@ class Docs:
 
 def _filled(doc: str, parameters: dict[str, Any]) -> str:
     return _NAME.sub(lambda match: str(parameters.get(match[1], match[0])), doc).replace("%%", "%")
+
+
+def _call_of(found: Definition) -> ast.Call | None:
+    """What an attribute is assigned, where that is a call."""
+    value = "" if found.tree is None or found.tree.value is None else str(found.tree.value)
+    if not 0 < len(value) < 5000 or not value.endswith(")"):
+        return None
+    try:
+        node = ast.parse(value, mode="eval").body
+    except (SyntaxError, ValueError):
+        return None
+    return node if isinstance(node, ast.Call) else None
 
 
 def _stub_of(found: Definition) -> Any:

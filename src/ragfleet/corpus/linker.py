@@ -33,6 +33,8 @@ class Definition:
     members: dict[str, Definition] = field(default_factory=dict)
     doc: str | None = None
     """Docstring that another file gives it (add_newdoc)."""
+    bases: list[Definition] = field(default_factory=list)
+    """Of a class that C code makes; others have theirs in `tree`."""
 
     @property
     def name(self) -> str:
@@ -139,6 +141,8 @@ class Linker:
             elif binding.tree is not None:
                 found = self._define(self.modules[path], binding.tree, f"{path}.{name}")
             if found is not None:
+                if added is not None and added.kind == "class" and found.kind == "attribute":
+                    return added  # `generic = allTypes['generic']`: a class made by C code
                 if added is not None and found is not added and found.kind != "module":
                     found.doc = found.doc or added.doc
                     for member, definition in added.members.items():
@@ -242,7 +246,7 @@ class Linker:
 
     def bases(self, cls: Definition) -> list[Definition]:
         if cls.tree is None or cls.module is None:
-            return []
+            return cls.bases
         found = []
         for base in cls.tree.bases:
             text = str(base)

@@ -134,7 +134,8 @@ class ModuleReader:
                 inside = path.relative_to(base) if path.is_relative_to(base) else None
                 if inside is None or inside.parts[0] not in (root, f"{root}.py", f"{root}.pyi"):
                     continue
-                if not set(inside.parts[1:-1]) & _SKIPPED_FOLDERS:
+                is_test = inside.name == "conftest.py" or set(inside.parts[1:-1]) & _SKIPPED_FOLDERS
+                if not is_test:
                     todo.append((path, inside))
                 break
         # Packages before their modules: a module needs its parent to resolve relative imports.

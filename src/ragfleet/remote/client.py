@@ -11,7 +11,7 @@ import asyncio
 import logging
 import os
 import ssl
-from collections.abc import Awaitable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -66,14 +66,25 @@ class ApiClient:
             http_client=http,
         )
 
-    async def ask(self, body: Mapping[str, Any]) -> tuple[Answer | Fault, Mapping[str, str]]:
-        """(verdict, headers of the reply). Raises nothing but cancellation."""
+    async def ask(
+        self,
+        body: Mapping[str, Any],
+        path: str | None = None,
+        read: Callable[[int, Mapping[str, str], bytes], Answer | Fault] = read_reply,
+    ) -> tuple[Answer | Fault, Mapping[str, str]]:
+        """(verdict, headers of the reply). Raises nothing but cancellation.
+
+        Args:
+            path: of another endpoint than the run's, whose replies `read` understands.
+        """
         headers: Mapping[str, str] = {}
         try:
             async with asyncio.timeout(self._timeout_s):
-                response = await self.sdk.post(self._spec.path, body=body, cast_to=httpx.Response)
+                response = await self.sdk.post(
+                    path or self._spec.path, body=body, cast_to=httpx.Response
+                )
                 headers = response.headers
-                verdict = read_reply(response.status_code, headers, response.content)
+                verdict = read(response.status_code, headers, response.content)
                 return self.clean(verdict) if isinstance(verdict, Fault) else verdict, headers
         except openai.APIStatusError as error:
             headers = error.response.headers

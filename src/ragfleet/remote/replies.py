@@ -49,6 +49,12 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
     completion_tokens: int | None = None
 
 
+class Embedded(Answer, frozen=True, kw_only=True):
+    """Vectors, in the order of the texts."""
+
+    vectors: list[list[float]]
+
+
 class Fault(msgspec.Struct, frozen=True, kw_only=True):
     """No answer.
 
@@ -68,6 +74,45 @@ class Fault(msgspec.Struct, frozen=True, kw_only=True):
 
 def read_reply(status: int, headers: Mapping[str, str], body: bytes) -> Answer | Fault:
     """`headers` by lower-case names (or a mapping that does not care)."""
+    value = _whole(status, headers, body)
+    if isinstance(value, Fault):
+        return value
+    choices = value.get("choices")
+    if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
+        return broken("the reply holds no choice")
+    return _read_choice(choices[0], value.get("usage"))
+
+
+def read_embeddings(status: int, headers: Mapping[str, str], body: bytes) -> Embedded | Fault:
+    """Of the endpoint /embeddings; rows may come in any order."""
+    value = _whole(status, headers, body)
+    if isinstance(value, Fault):
+        return value
+    try:
+        rows = msgspec.convert(value.get("data"), list[_Row])
+    except msgspec.ValidationError:
+        return broken("the reply holds no embeddings")
+    rows.sort(key=lambda row: row.index)
+    if not rows or len({len(row.embedding) for row in rows}) != 1:
+        return broken("the reply's embeddings are not of one length")
+    usage = value.get("usage")
+    usage = usage if isinstance(usage, dict) else {}
+    return Embedded(
+        text="",
+        finish_reason="stop",
+        prompt_tokens=_count(usage.get("prompt_tokens")),
+        completion_tokens=0,
+        vectors=[row.embedding for row in rows],
+    )
+
+
+class _Row(msgspec.Struct):
+    index: int
+    embedding: list[float]
+
+
+def _whole(status: int, headers: Mapping[str, str], body: bytes) -> dict[str, Any] | Fault:
+    """The JSON object of a reply that reports no error."""
     if status >= 300:
         return _read_error(status, headers, body)
     try:
@@ -81,10 +126,7 @@ def read_reply(status: int, headers: Mapping[str, str], body: bytes) -> Answer |
         code = error.get("code") if isinstance(error, dict) else None
         inner = code if isinstance(code, int) and 400 <= code < 600 else 502
         return _read_error(inner, headers, body)
-    choices = value.get("choices")
-    if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
-        return broken("the reply holds no choice")
-    return _read_choice(choices[0], value.get("usage"))
+    return value
 
 
 def broken(message: str, error_type: str = "bad_reply", load: Load = "none") -> Fault:

@@ -91,7 +91,7 @@ def _infer(arguments: list[str]) -> int:
     if config.private:
         os.umask(0o077)  # also what nobody can reach anyway, inside the run's closed folder
     with Console(verbose=config.verbose) as console:
-        summary = run(config, console)
+        summary = run(config, console, owns_process=True)
     if summary is None:  # a torchrun rank above 0: rank 0 tells
         return 0
     _print(full_text(summary))

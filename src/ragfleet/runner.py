@@ -52,7 +52,8 @@ from ragfleet.launch import (
     write_launch,
 )
 from ragfleet.launchers import torchrun
-from ragfleet.launchers.supervisor import Seat, Supervisor
+from ragfleet.launchers.process import Seat
+from ragfleet.launchers.supervisor import Supervisor
 from ragfleet.launchers.torchrun import TorchrunRank
 from ragfleet.merge import write_results
 from ragfleet.planning import (
@@ -76,11 +77,15 @@ _ENOUGH: Final = 32
 _STORAGE_ERRORS: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 
-def run(config: RunConfig, on_event: OnEvent | None = None) -> RunSummary | None:
+def run(
+    config: RunConfig, on_event: OnEvent | None = None, *, owns_process: bool = False
+) -> RunSummary | None:
     """Answer the contexts and merge the results; go on where an earlier start stopped.
 
     Args:
         on_event: called with everything worth showing while the run goes on.
+        owns_process: this process is there for the run alone and starts nothing else, so what its
+            workers leave behind is adopted by it and ended, also where nothing else gives it away.
 
     Returns:
         The summary; None on torchrun's ranks above 0, where rank 0 has it.
@@ -94,20 +99,26 @@ def run(config: RunConfig, on_event: OnEvent | None = None) -> RunSummary | None
     started_s = time.monotonic()
     rank = torchrun.detect(os.environ)
     if rank is not None and rank.rank > 0:
-        _follow(config, rank, say)
+        _follow(config, rank, say, owns_process)
         return None
     if rank is not None and rank.restart_count > 0:
         config = config.replace(overwrite=False)  # it has been done by the first attempt
-    return _Run(config, rank, say, started_s).go()
+    return _Run(config, rank, say, started_s, owns_process).go()
 
 
 class _Run:
     """One start of a run, step by step."""
 
     def __init__(
-        self, config: RunConfig, rank: TorchrunRank | None, say: OnEvent, started_s: float
+        self,
+        config: RunConfig,
+        rank: TorchrunRank | None,
+        say: OnEvent,
+        started_s: float,
+        owns_process: bool,
     ) -> None:
         self.config, self.rank, self.started_s = config, rank, started_s
+        self.owns_process = owns_process
         self._on_event = say
         self.launch_id = rank.launch_id if rank is not None else uuid.uuid4().hex[:12]
         self.restarts = 0
@@ -281,6 +292,7 @@ class _Run:
             on_tick=self.tick,
             keep_fds=(lock.fd,),
             parent_pid=self.rank.agent_pid if self.rank is not None else None,
+            owns_process=self.owns_process,
         )
         try:
             supervisor.run()
@@ -470,7 +482,7 @@ def generation_of(beats: Iterable[Beat]) -> Generation:
     return generation
 
 
-def _follow(config: RunConfig, rank: TorchrunRank, say: OnEvent) -> None:
+def _follow(config: RunConfig, rank: TorchrunRank, say: OnEvent, owns_process: bool) -> None:
     """A rank above 0: wait for rank 0's plan, then watch one worker until all is finished."""
     paths = RunPaths(config.output_file.absolute())
     launch_paths = paths.launch(rank.launch_id)
@@ -498,6 +510,7 @@ def _follow(config: RunConfig, rank: TorchrunRank, say: OnEvent) -> None:
         max_restarts=config.max_restarts,
         on_event=say,
         parent_pid=rank.agent_pid,
+        owns_process=owns_process,
     ).run()
 
 

@@ -161,13 +161,16 @@ class Worker:
             if self.draining and info.survives:
                 break
             started_s = time.monotonic()
-            if self.fill(info) or self.try_suspects():
+            if self.fill(info) or self.try_suspects() or self.is_held_up():
+                is_idle = not self._in_flight
                 for outcome in self.engine.step(_STEP_S):
                     self.finish(outcome)
                 now_s = time.monotonic()
                 self.counters.busy_s += now_s - started_s
                 self.counters.span_s = now_s - ready_s
                 self.pulse.check()
+                if is_idle:
+                    time.sleep(_IDLE_POLL_S)  # `step` may return at once where nothing is to do
             elif not self.look_around():
                 break
         self.engine.close()
@@ -204,16 +207,23 @@ class Worker:
         """
         if self.draining or self._in_flight:
             return False
-        trial = self.suspicion.next_trial(list(self._suspects))
-        for row in trial:
-            item = self._suspects[row]
+        rows = self.suspicion.next_trial(list(self._suspects))
+        # Rendered one by one before any is in flight, for that alone may be what kills.
+        trial = [self._suspects.pop(row) for row in rows]
+        if trial:
+            self.counters.state = "generating"
+        for item in [item for item in trial if item.prepared or self.render(item)]:
             assert item.prepared is not None
-            if not self.engine.has_room(item.prepared):
-                break
-            del self._suspects[row]
-            self.submit(item)
+            if self.engine.has_room(item.prepared):
+                self.submit(item)
+            else:
+                self._suspects[item.row] = item
         self._on_trial = bool(self._in_flight)
         return self._on_trial
+
+    def is_held_up(self) -> bool:
+        """Nothing is in flight, and yet the engine has no room: it moves on when it is stepped."""
+        return not self.draining and (self._next is not None or bool(self._suspects))
 
     def look_around(self) -> bool:
         """Nothing is in flight: wait for what others hold. False when it is time to leave."""
@@ -272,8 +282,7 @@ class Worker:
         records = self.work.records[rows]
         keys = np.column_stack((records["key_hi"], records["key_lo"])).astype("<u8").tobytes()
         skip: set[bytes] = set()
-        for generation in range(claim.generation):
-            holder = self.store.holder(claim.chunk, generation)
+        for holder in self.store.earlier_holders(claim):
             shard = self.shard.open().with_name(holder.shard)
             skip |= finished_keys(shard, holder.offset_bytes)
         log.debug(
@@ -379,18 +388,28 @@ class Worker:
         if self.suspicion.is_poison(row):
             self.fail(item, self.poison_of(item), 0.0)
             return None
-        try:
-            prepared = self.engine.prepare(request)
-        except ValueError as error:
-            prepared = Failure(key=key, error_type="invalid_record", error=str(error))
-        if isinstance(prepared, Failure):
-            self.fail(item, prepared, None)
-            return None
-        item.prepared = prepared
         if self.suspicion.is_suspect(row):
             self._suspects[row] = item
             return None
-        return item
+        return item if self.render(item) else None
+
+    def render(self, item: _Item) -> bool:
+        """Have the engine prepare a request; False when that failed, and it is finished by it.
+
+        Noted in the journal, for a tokenizer or a user's code can kill a worker too.
+        """
+        slot = self.journal.add(item.row)
+        prepared: Prepared | Failure
+        try:
+            prepared = self.engine.prepare(item.request)
+        except ValueError as error:
+            prepared = Failure(key=item.request.key, error_type="invalid_record", error=str(error))
+        self.journal.remove(slot)
+        if isinstance(prepared, Failure):
+            self.fail(item, prepared, None)
+            return False
+        item.prepared = prepared
+        return True
 
     def seed_of(self, key: bytes) -> int | None:
         return record_seed(self.launch.seed, key)

@@ -329,7 +329,7 @@ def test_what_a_killed_supervisor_left_behind_is_ended_by_the_next(fleet: Fleet)
     process = fleet.start()
     fleet.wait_for(10)
     (worker,) = psutil.Process(process.pid).children()  # a fork has its command line, too
-    (orphan,) = worker.children()
+    (orphan,) = (child for child in worker.children() if child.cmdline() == worker.cmdline())
     fleet.started.append(orphan)
     process.kill()
     process.wait(timeout=10)

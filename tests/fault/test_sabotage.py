@@ -266,6 +266,17 @@ def test_a_worker_that_no_signal_ends_is_left_behind(run: Run) -> None:
     assert "can't be ended" in run.said
 
 
+def test_a_mark_of_what_is_finished_that_was_deleted_comes_back(run: Run) -> None:
+    """Only its worker knows; without it nobody would say that all is finished."""
+    process = run.start(60, "Slow")
+    marks = run.folder.glob
+    until(lambda: list(marks("out.run/launches/*/claims/*.done")))
+    next(marks("out.run/launches/*/claims/*.done")).unlink()
+    run.finish(process)
+    run.check()
+    assert "died" not in run.said
+
+
 def test_a_dead_engine_is_replaced_though_a_thread_lingers(run: Run) -> None:
     """Python waits for threads before it exits; nobody else should have to."""
     run.finish(run.start(20, "Lingers", "--stall_timeout_s", "3"))

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import harness
 import pytest
+import schedules
 
 SEEDS = int(os.environ.get("SEEDS", "5"))
 
@@ -75,12 +76,16 @@ def test_a_schedule_of_faults_loses_and_doubles_nothing(seed: int, expected: lis
     assert not problems, "\n".join([*problems, *story])
 
 
-def schedule_of(seed: int, during: list[harness.Fault], between: list[str]) -> harness.Schedule:
-    return harness.Schedule(seed, "OneByOne", [(2, during)], [between], last_workers=2)
+def schedule_of(seed: int, during: list[schedules.Fault], between: list[str]) -> schedules.Schedule:
+    return schedules.Schedule(seed, "OneByOne", [(2, during)], [between], last_workers=2)
 
 
 def run_broken(
-    check: str, during: list[harness.Fault], between: list[str], expected: list[bytes], where: Path
+    check: str,
+    during: list[schedules.Fault],
+    between: list[str],
+    expected: list[bytes],
+    where: Path,
 ) -> list[str]:
     """What the harness finds in a system that is broken in one way."""
     broken, folder = where / "broken", where / "run"
@@ -104,7 +109,7 @@ def run_broken(
 def test_the_harness_notices(
     check: str, during: str, between: list[str], expected: list[bytes], tmp_path: Path
 ) -> None:
-    problems = run_broken(check, [harness.Fault(during, 40, 0)], between, expected, tmp_path)
+    problems = run_broken(check, [schedules.Fault(during, 40, 0)], between, expected, tmp_path)
     assert any(check in problem for problem in problems), problems
 
 

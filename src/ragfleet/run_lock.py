@@ -128,6 +128,24 @@ class RunLock:
         os.close(self.fd)
 
 
+def holder_of(paths: RunPaths) -> str | None:
+    """Who plans, answers or merges there now, for people; None when nobody does."""
+    try:
+        fd = os.open(paths.lock, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        first = os.pread(fd, 4000, 0).decode("utf-8", "replace").partition("\n")[0]
+        return first.strip() or "a process that is just starting"
+    except OSError:  # a file system without locks
+        return None
+    finally:
+        os.close(fd)
+    return None
+
+
 def _user() -> str:
     try:
         return getpass.getuser()

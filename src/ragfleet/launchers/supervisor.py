@@ -379,7 +379,8 @@ class Supervisor:
                 Event(
                     "interrupting",
                     f"{signal.Signals(number).name}: no new requests; up to {DRAIN_S:.0f} s for the"
-                    f" {in_flight} in flight. Ctrl-C again drops them.",
+                    f" {in_flight} in flight. Ctrl-C again, after"
+                    f" {_FORCE_AFTER_S:.0f} s, drops them.",
                 )
             )
             self._stop(Interrupted("interrupted", number))

@@ -117,11 +117,12 @@ class ClaimStore:
     def __init__(self, directory: Path) -> None:
         self._directory = directory
 
-    def refresh(self, board: Board) -> None:
-        """Read the directory; what a claim says is read once.
+    def refresh(self, board: Board) -> set[int]:
+        """Read the directory; what a claim says is read once. Returns the chunks marked as done.
 
         Files may go at any moment: what is gone is as if it had never been.
         """
+        marked = set()
         for name in os.listdir(self._directory):
             head, _, tail = name.partition(".")
             if head == "dead":
@@ -133,7 +134,7 @@ class ClaimStore:
             elif head == "timeout":
                 board.timed_out.add(int(tail))
             elif tail == "done":
-                board.done.add(int(head))
+                marked.add(int(head))
             elif tail.startswith("g"):
                 chunk, generation = int(head), int(tail[1:])
                 known = board.claims.get(chunk)
@@ -145,6 +146,8 @@ class ClaimStore:
         # show the second alone.
         for owner in board.dead - board.deaths.keys():
             self._read_death(board, owner)
+        board.done |= marked
+        return marked
 
     def holder(self, chunk: int, generation: int) -> Holder | None:
         """What a claim says; None for one that is gone."""

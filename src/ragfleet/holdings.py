@@ -65,17 +65,15 @@ class Holdings:
         self._completed: set[int] = set()
 
     def refresh(self) -> None:
-        """See what others did since."""
-        self._store.refresh(self.board)
+        """See what others did since, and say again what they may not have seen."""
+        marked = self._store.refresh(self.board)
+        for chunk in self._completed - marked:
+            self._store.finish(chunk)  # its mark was lost, and others would wait for it for ever
         self.suspicion = Suspicion.of(self.board.deaths.values())
 
     def next_step(self) -> Claim | Wait | Leave:
         """What a worker should do that has nothing in flight."""
-        instruction = self._decide(self._may_steal)
-        if isinstance(instruction, Leave):
-            for chunk in self._completed:
-                self._store.finish(chunk)  # its mark may have been lost, and nobody else knows
-        return instruction
+        return self._decide(self._may_steal)
 
     def _decide(self, may_steal: bool) -> Claim | Wait | Leave:
         now_s = time.monotonic()

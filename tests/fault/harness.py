@@ -158,7 +158,11 @@ class Harness:
                 if not self.reached(process, before + fault.after):
                     break
                 self.inflict(fault, process)
-            code = process.wait(timeout=RUN_LIMIT_S)
+            try:
+                code = process.wait(timeout=RUN_LIMIT_S)
+            except subprocess.TimeoutExpired:
+                self.problems.append(f"HUNG: {self.story[-3:]}")
+                return -1
             self.check_deaths(self.said()[len(said_before) :], faults)
             return code
         finally:

@@ -70,7 +70,8 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> list[bytes]:
     return harness.reference(tmp_path_factory.mktemp("reference"))
 
 
-@pytest.mark.parametrize("seed", range(SEEDS))
+# The last one: two marks of finished chunks are deleted before anybody else has seen them.
+@pytest.mark.parametrize("seed", [*range(SEEDS), 37])
 def test_a_schedule_of_faults_loses_and_doubles_nothing(seed: int, expected: list[bytes]) -> None:
     problems, story = harness.run_seed(seed, expected)
     assert not problems, "\n".join([*problems, *story])

@@ -161,7 +161,7 @@ def test_marks_are_read_back_and_may_be_made_twice(tmp_path: Path) -> None:
         store.give_up(2)
         store.time_out(4711)
     board = board_of([[0]])
-    store.refresh(board)
+    assert store.refresh(board) == {3}
     assert board.done == {3}
     assert board.dead == {"2.1"}
     assert board.gone == {2}

@@ -296,13 +296,15 @@ def test_an_engine_without_room_for_the_first_request_is_asked_again(run: Run) -
 
 def test_a_suspended_job_goes_on_where_it_stood(run: Run) -> None:
     """`scontrol suspend` and `docker pause` stop everything; silence means nothing then."""
-    process = run.start(4, "Waits", "--stall_timeout_s", "2", "--request_timeout_s", "2")
+    environ = run.broken("import ragfleet.launchers.liveness as it\nit.GRACE_S = 0.5\n")
+    limits = ("--stall_timeout_s", "3", "--request_timeout_s", "3")
+    process = run.start(4, "Waits", *limits, environ=environ)
     until((run.folder / "waiting").exists)
     worker = run.worker(process)
     supervisor = psutil.Process(process.pid)
     worker.suspend()
     supervisor.suspend()
-    time.sleep(8.0)  # longer than both limits and their grace
+    time.sleep(5.5)  # longer than both limits and their grace
     supervisor.resume()
     time.sleep(0.7)  # it looks around before the worker can say a word
     worker.resume()

@@ -9,7 +9,7 @@ import harness
 import pytest
 import schedules
 
-SEEDS = int(os.environ.get("SEEDS", "5"))
+SEEDS = int(os.environ.get("SEEDS", "4"))
 
 # Put on PYTHONPATH as sitecustomize.py, so that every process of a run is broken in one way.
 BROKEN = {
@@ -114,7 +114,10 @@ def test_the_harness_notices(
     assert any(check in problem for problem in problems), problems
 
 
-@pytest.mark.parametrize("check", ["DOUBLED", "LOST", "SURVIVORS"])
+@pytest.mark.parametrize(
+    "check",
+    ["LOST", *(pytest.param(name, marks=pytest.mark.slow) for name in ("DOUBLED", "SURVIVORS"))],
+)
 def test_it_is_the_fault_that_shows_what_is_broken(
     check: str, expected: list[bytes], tmp_path: Path
 ) -> None:

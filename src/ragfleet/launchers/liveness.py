@@ -61,6 +61,13 @@ class Life:
             self.moved_s = now_s
         self.beat, self.beat_seen_s = beat, now_s
 
+    def has_left_for(self, seconds: float, now_s: float) -> bool:
+        return (
+            self.beat is not None
+            and self.beat.state == "left"
+            and now_s - self.beat_seen_s > seconds
+        )
+
     def blocking_row(self, now_s: float, awake: AwakeTime) -> int | None:
         """The index row of a request that takes longer than a user's code may."""
         limit_s, beat = self.blocked_after_s, self.beat

@@ -41,6 +41,8 @@ DRAIN_S: Final = 20.0
 """
 _FORCE_AFTER_S: Final = 2.0
 """Under torchrun one Ctrl-C arrives twice, so only a later one forces."""
+_LEAVE_S: Final = 5.0
+"""From a worker's last word to its end."""
 _DUMP_S: Final = 1.0
 """Time a stalled worker has to write its stacks."""
 _PROVEN: Final = 100
@@ -159,6 +161,8 @@ class Supervisor:
                 process.life.observe(beats[process.owner], now_s)
             self._end_if_blocked(process, now_s)
             self._end_if_stalled(process, now_s)
+            if process.life.has_left_for(_LEAVE_S, now_s):
+                process.kill()  # a thread that somebody started keeps it
             if process.killed_s is not None and now_s > process.killed_s + DEATH_S:
                 self._abandon(process)
         if self._on_tick is not None:
@@ -370,11 +374,8 @@ class Supervisor:
         now_s = time.monotonic()
         if self._signalled_s is None:
             self._signalled_s = now_s
-            in_flight = sum(
-                process.life.beat.in_flight
-                for process in self._running.values()
-                if process.life.beat
-            )
+            beats = (process.life.beat for process in self._running.values())
+            in_flight = sum(beat.in_flight for beat in beats if beat is not None)
             self._on_event(
                 Event(
                     "interrupting",

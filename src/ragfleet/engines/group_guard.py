@@ -21,10 +21,13 @@ from typing import Final
 
 _PR_SET_PDEATHSIG: Final = 1
 _libc = ctypes.CDLL(None)
-# The shell does what a signal says only while it waits for a child, so another one reads.
+# The shell does what a signal says only while it waits for a child, so another one reads. Nobody
+# else sends URG, and it is harmless before there is a trap.
 _WATCH: Final = """
 exec 3<&0
-trap 'kill -KILL 0' USR2
+trap 'kill -KILL 0' URG
+echo ready
+exec >/dev/null
 { read -r line && [ -n "$line" ]; } <&3 &
 wait $! || kill -KILL 0
 """
@@ -32,7 +35,7 @@ wait $! || kill -KILL 0
 
 def _signal_at_parents_death() -> None:
     if sys.platform == "linux":
-        _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGUSR2)
+        _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGURG)
 
 
 class GroupGuard:
@@ -46,14 +49,19 @@ class GroupGuard:
             self._watcher = subprocess.Popen(
                 ["/bin/sh", "-c", _WATCH],
                 stdin=subprocess.PIPE,
-                stdout=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
                 # One call, which takes no lock: harmless where there are threads.
                 preexec_fn=_signal_at_parents_death,  # noqa: PLW1509
             )
+            assert self._watcher.stdout is not None
+            self._watcher.stdout.readline()  # from here on it watches
+            self._watcher.stdout.close()
 
     def close(self) -> None:
         if self._watcher is not None:
-            with contextlib.suppress(BrokenPipeError):
-                self._watcher.communicate(b"done\n")
+            assert self._watcher.stdin is not None
+            with contextlib.suppress(BrokenPipeError), self._watcher.stdin as pipe:
+                pipe.write(b"done\n")
+            self._watcher.wait()
             self._watcher = None

@@ -21,16 +21,17 @@ from ragfleet.errors import ConfigError, InputError
 from ragfleet.identity import RunFile, check_same_run, write_run_file
 from ragfleet.index import read_lines
 from ragfleet.inspection import MergeOptions, merge_now, run_of
+from ragfleet.outcomes import record_seed
 from ragfleet.planning import find_finished, index_contexts, selection_of
 from ragfleet.preparation import Preparation, prepare
-from ragfleet.records import Answered, LazyRecord, encode_value, failed, parse_sent, result_row
+from ragfleet.records import LazyRecord, parse_sent
 from ragfleet.remote.asking import common_body
 from ragfleet.remote.asking import prepare as prepare_body
 from ragfleet.remote.batch_lines import lines_of, read_line, request_line
 from ragfleet.remote.replies import Answer, Fault
+from ragfleet.rows import Answered, encode_value, failed, result_row
 from ragfleet.run_lock import RunLock
 from ragfleet.shards import ShardWriter
-from ragfleet.worker import record_seed
 
 
 def export_requests(config: RunConfig, target: Path) -> list[str]:

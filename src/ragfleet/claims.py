@@ -16,8 +16,9 @@ together with its contents, so nobody can see, or leave behind, a claim without 
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -116,8 +117,12 @@ class ClaimStore:
     def __init__(self, directory: Path) -> None:
         self._directory = directory
 
-    def refresh(self, board: Board) -> None:
-        """Read the directory; what a claim says is read once."""
+    def refresh(self, board: Board) -> set[int]:
+        """Read the directory; what a claim says is read once. Returns the chunks marked as done.
+
+        Files may go at any moment: what is gone is as if it had never been.
+        """
+        marked = set()
         for name in os.listdir(self._directory):
             head, _, tail = name.partition(".")
             if head == "dead":
@@ -125,21 +130,40 @@ class ClaimStore:
             elif head == "gone":
                 board.gone.add(int(tail))
             elif head == "death":
-                if tail not in board.deaths:
-                    board.deaths[tail] = self._read_death(name)
+                self._read_death(board, tail)
             elif head == "timeout":
                 board.timed_out.add(int(tail))
             elif tail == "done":
-                board.done.add(int(head))
+                marked.add(int(head))
             elif tail.startswith("g"):
                 chunk, generation = int(head), int(tail[1:])
                 known = board.claims.get(chunk)
                 if known is None or known[0] < generation:
-                    board.claims[chunk] = (generation, self.holder(chunk, generation))
+                    holder = self.holder(chunk, generation)
+                    if holder is not None:
+                        board.claims[chunk] = (generation, holder)
+        # A death is written down before it frees claims, but a listing that was made meanwhile may
+        # show the second alone.
+        for owner in board.dead - board.deaths.keys():
+            self._read_death(board, owner)
+        board.done |= marked
+        return marked
 
-    def holder(self, chunk: int, generation: int) -> Holder:
-        owner, offset, shard = os.readlink(self._path(chunk, generation)).split(":", 2)
+    def holder(self, chunk: int, generation: int) -> Holder | None:
+        """What a claim says; None for one that is gone."""
+        try:
+            text = os.readlink(self._path(chunk, generation))
+        except FileNotFoundError:
+            return None
+        owner, offset, shard = text.split(":", 2)
         return Holder(owner, shard, int(offset))
+
+    def earlier_holders(self, claim: Claim) -> Iterator[Holder]:
+        """Those whose shards may hold answers of a chunk that is taken over."""
+        for generation in range(claim.generation):
+            holder = self.holder(claim.chunk, generation)
+            if holder is not None:
+                yield holder
 
     def try_claim(self, claim: Claim, holder: Holder) -> bool:
         """Create the claim; False when somebody else was first."""
@@ -179,8 +203,11 @@ class ClaimStore:
         except OSError as error:
             raise StorageError(f"Can't write {path}: {error.strerror}.") from error
 
-    def _read_death(self, name: str) -> tuple[int, ...]:
-        return tuple(map(int, (self._directory / name).read_text().split()))
+    def _read_death(self, board: Board, owner: str) -> None:
+        if owner not in board.deaths:
+            with contextlib.suppress(FileNotFoundError):
+                rows = (self._directory / f"death.{owner}").read_text().split()
+                board.deaths[owner] = tuple(map(int, rows))
 
     def time_out(self, row: int) -> None:
         """Say that this index row blocked its engine; whoever claims it next fails it."""

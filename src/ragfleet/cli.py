@@ -1,7 +1,7 @@
 """The command line: `ragfleet infer | plan | merge | corpus | contexts | pipeline | …`.
 
-Owns argument parsing, exit codes and what is printed. Start-up stays instant: each command imports
-what it needs when it runs.
+Owns the commands, their exit codes and what is printed. Start-up stays instant: each command
+imports what it needs when it runs.
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ import shutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, TextIO
+from typing import TYPE_CHECKING, Final, TextIO
 
+from ragfleet.arguments import parse, parse_config
 from ragfleet.errors import ConfigError, Interrupted, RagfleetError, RunError
 
 if TYPE_CHECKING:
-    from ragfleet.config import RunConfig
+    pass
 
 _HELP: Final = """\
 usage: ragfleet COMMAND [OPTIONS]
@@ -91,7 +92,7 @@ def _infer(arguments: list[str]) -> int:
     if config.private:
         os.umask(0o077)  # also what nobody can reach anyway, inside the run's closed folder
     with Console(verbose=config.verbose) as console:
-        summary = run(config, console)
+        summary = run(config, console, owns_process=True)
     if summary is None:  # a torchrun rank above 0: rank 0 tells
         return 0
     _print(full_text(summary))
@@ -251,132 +252,6 @@ _COMMANDS: Final[dict[str, Callable[[list[str]], int]]] = {
     "export": _export,
     "import": _import,
 }
-
-
-# ---- parsing
-
-
-def parse_config(
-    arguments: Sequence[str], prog: str, plan: bool = False, kind: type[RunConfig] | None = None
-) -> RunConfig | None:
-    """A RunConfig from options, over those of `--config FILE.toml`; None when help was asked for.
-
-    Args:
-        plan: --output_file may be left out.
-        kind: what else than a RunConfig is wanted: one with more settings.
-
-    Raises:
-        ConfigError: with what is wrong and, for an unknown option, the nearest one.
-    """
-    from ragfleet.config import RunConfig
-
-    arguments = list(arguments)
-    if any(text.partition("=")[0] in ("--api_key", "--api-key") for text in arguments):
-        raise ConfigError(
-            "An API key is not given as a flag, where others can read it: set it in the"
-            " environment (OPENAI_API_KEY, TOGETHER_API_KEY, HF_TOKEN) or use --api_key_file."
-        )
-    config_file, arguments = take_config_option(arguments)
-    if config_file is not None:
-        arguments = [*toml_arguments(Path(config_file), kind or RunConfig), *arguments]
-    names = {text.partition("=")[0].replace("-", "_") for text in arguments}
-    if plan and "__output_file" not in names:
-        arguments = ["--output_file", "results.jsonl", *arguments]
-    config: RunConfig | None = parse(kind or RunConfig, arguments, prog)
-    return config
-
-
-def parse(kind: type[Any], arguments: Sequence[str], prog: str) -> Any:
-    import tyro
-
-    try:
-        return tyro.cli(
-            kind,
-            prog=prog,
-            args=list(arguments),
-            use_underscores=True,
-            registry=_registry(),
-        )
-    except SystemExit as stop:
-        if stop.code in (0, None):
-            return None
-        raise
-
-
-def _registry() -> Any:
-    """tyro's rule for options that are JSON objects."""
-    import json
-
-    import tyro
-
-    def parse_object(values: list[str]) -> dict[str, Any]:
-        try:
-            value = json.loads(values[0])
-        except ValueError as error:
-            raise ValueError(f"not JSON: {error}") from None
-        if not isinstance(value, dict):
-            raise ValueError("not a JSON object")
-        return value
-
-    registry = tyro.constructors.ConstructorRegistry()
-
-    @registry.primitive_rule
-    def json_object(info: Any) -> Any:
-        if info.type != dict[str, Any]:
-            return None
-        return tyro.constructors.PrimitiveConstructorSpec(
-            nargs=1,
-            metavar="JSON",
-            instance_from_str=parse_object,
-            is_instance=lambda value: isinstance(value, dict),
-            str_from_instance=lambda value: [json.dumps(value)],
-        )
-
-    return registry
-
-
-def take_config_option(arguments: list[str]) -> tuple[str | None, list[str]]:
-    for number, text in enumerate(arguments):
-        if text == "--config":
-            if number + 1 == len(arguments):
-                raise ConfigError("--config needs a TOML file.")
-            return arguments[number + 1], arguments[:number] + arguments[number + 2 :]
-        if text.startswith("--config="):
-            return text.partition("=")[2], arguments[:number] + arguments[number + 1 :]
-    return None, arguments
-
-
-def toml_arguments(path: Path, *kinds: type[Any]) -> list[str]:
-    """The options a TOML file stands for; those of the command line come later and win."""
-    import dataclasses
-    import difflib
-    import json
-    import tomllib
-
-    try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--config {path} can't be read: {error}") from None
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"--config {path} is not valid TOML: {error}") from None
-    known = {field.name for kind in kinds for field in dataclasses.fields(kind)}
-    arguments = []
-    for name, value in table.items():
-        key = name.replace("-", "_")
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            hint = f" Did you mean {near[0]}?" if near else ""
-            raise ConfigError(f"{path}: there is no setting {name}.{hint}")
-        if isinstance(value, bool):
-            arguments.append(f"--{key}" if value else f"--no_{key}")
-        elif isinstance(value, list):
-            first, *more = map(str, value or [""])
-            arguments += [f"--{key}={first}" if value else f"--{key}", *more]
-        elif isinstance(value, dict):
-            arguments.append(f"--{key}={json.dumps(value, default=str)}")
-        else:
-            arguments.append(f"--{key}={value}")
-    return arguments
 
 
 # ---- signals and errors

@@ -8,13 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from ragfleet.cli import (
-    interrupt_on_signals,
-    parse,
-    parse_config,
-    take_config_option,
-    toml_arguments,
-)
+from ragfleet.arguments import parse, parse_config, take_config_option, toml_arguments
+from ragfleet.cli import interrupt_on_signals
 from ragfleet.errors import ConfigError
 from ragfleet.monitor.console import Console
 from ragfleet.plain_text import printable

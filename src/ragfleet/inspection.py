@@ -26,7 +26,7 @@ from ragfleet.plan import Plan, static_slices
 from ragfleet.planning import find_finished, index_contexts, selection_of
 from ragfleet.preparation import prepare
 from ragfleet.privacy import is_private
-from ragfleet.run_lock import RunLock
+from ragfleet.run_lock import RunLock, holder_of
 from ragfleet.shards import partial_path
 
 
@@ -104,6 +104,11 @@ class MergeOptions(OutputOptions):
 
 
 def run_of(output_file: Path) -> tuple[RunPaths, RunFile]:
+    whole = output_file.with_name(output_file.name.removesuffix(".partial.jsonl") + ".jsonl")
+    if whole.name != output_file.name and output_file == partial_path(whole):
+        raise OutputError(
+            f"{output_file} is a partial merge, which belongs to no run; name the output: {whole}."
+        )
     paths = RunPaths(output_file.absolute())
     run_file = read_run_file(paths)
     if run_file is None or run_file.selection is None:
@@ -126,6 +131,11 @@ def status_lines(options: OutputOptions) -> list[str]:
     if run_file.merged is not None:
         same = run_file.merged["digest"] == indexed.digest()
         lines.append("Merged: " + ("complete." if same else "of an earlier selection."))
+    holder = holder_of(paths)
+    if holder is not None:
+        lines.append(f"Running: {holder}.")
+    elif kept < total:
+        lines.append("Nothing runs; the same infer command goes on with it.")
     beats = paths.launch(run_file.selection.launch_id).beats
     if beats.is_dir():
         for owner, beat in sorted(read_beats(beats).items()):

@@ -3,7 +3,7 @@
     results.run/
       run.json                identity of the run: what its answers depend on
       lock                    held by the process that plans and merges
-      logs/                   one log per worker, and run.log
+      logs/                   one log per worker
       launches/<launch_id>/   this start alone; may be deleted when nothing runs
         records.npy order.npy leads.npy chunks.npy
         launch.json           written last: its presence says that the plan is complete

@@ -3,18 +3,22 @@
 A worker's group is killed with it; but a child can leave the group, and when the supervisor itself
 is killed nobody kills groups. So workers carry the launch and their name in one environment
 variable, which whatever they fork or start inherits: what carries the name of something dead is
-left over. The kernel shows the environment a process was started with, so it can't be borrowed.
+left over. The kernel shows the environment a process was started with, so it can't be borrowed;
+but it can be emptied, or written over. So a process that is there for nothing but the run adopts
+what its workers' children leave behind, and ends that with the run (`Orphanage`).
 Where there is no /proc nothing is found.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import select
 import signal
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Final
 
@@ -24,6 +28,8 @@ VARIABLE: Final = "RAGFLEET_WORKER"
 _ROUNDS: Final = 20
 """A process may fork while it is being ended."""
 _DEATH_S: Final = 5.0
+_ENDED: Final = os.WEXITED | os.WNOWAIT | os.WNOHANG
+_PR_SET_CHILD_SUBREAPER: Final = 36
 
 
 def tag(launch_id: str, owner: str = "") -> str:
@@ -77,6 +83,52 @@ def _wait(pidfds: list[int]) -> None:
     for pidfd in pidfds:
         select.select([pidfd], [], [], max(0.0, deadline_s - time.monotonic()))
         os.close(pidfd)
+
+
+class Orphanage:
+    """Makes this process the parent of whatever outlives its own parent among its descendants.
+
+    Only for a process whose children are all known.
+    """
+
+    def __init__(self) -> None:
+        if sys.platform == "linux":
+            ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1)
+
+    def reap(self, own: Collection[int] = ()) -> None:
+        """Let go of adopted processes that have ended; `own` ones are left to their owner."""
+        with contextlib.suppress(ChildProcessError):  # it has none
+            while (ended := os.waitid(os.P_ALL, 0, _ENDED)) is not None:
+                if ended.si_pid in own:
+                    return
+                os.waitpid(ended.si_pid, os.WNOHANG)
+
+    def end(self) -> None:
+        """End every child there is, and what they leave in turn."""
+        tried: set[int] = set()
+        for _ in range(_ROUNDS):
+            found = _children() - tried
+            if not found:
+                return
+            tried |= found  # one that hangs in a driver is not waited for again
+            handles = []
+            for pid in found:  # a child's number is not used again before it is waited for
+                os.kill(pid, signal.SIGKILL)
+                handles.append(os.pidfd_open(pid))
+            _wait(handles)
+            self.reap()
+
+
+def _children() -> set[int]:
+    """Process ids of this process's children, ended ones too; none where there is no /proc."""
+    me, found = str(os.getpid()), set()
+    for name in os.listdir("/proc"):
+        if name.isdecimal():
+            with contextlib.suppress(OSError):
+                stat = Path("/proc", name, "stat").read_text()
+                if stat.rpartition(")")[2].split()[1] == me:
+                    found.add(int(name))
+    return found
 
 
 class Starter(msgspec.Struct, frozen=True):

@@ -24,14 +24,12 @@ from numpy.typing import NDArray
 
 from ragfleet.errors import InputChanged, StorageError
 from ragfleet.index import Kind, read_lines
-from ragfleet.records import (
+from ragfleet.records import Head, parse_fields, parse_head
+from ragfleet.rows import (
     Answered,
-    Head,
     ShardRow,
     failed,
     from_shard,
-    parse_fields,
-    parse_head,
     parse_shard_row,
     place_of,
     result_row,

@@ -49,14 +49,17 @@ class RunLock:
                 if not folder.exists():
                     folder.mkdir(mode=self._mode, parents=True)
                     self._made.append(folder)
-            self.fd = os.open(self._paths.lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         except OSError as error:
-            raise OutputError(f"Can't create {self._paths.lock}: {error.strerror}.") from None
+            raise OutputError(f"Can't create {directory}: {error.strerror}.") from None
+        self._open()
         deadline_s = time.monotonic() + _WAIT_S
         while True:
             try:
                 fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
+                if self._is_current():
+                    break
+                os.close(self.fd)
+                self._open()
             except BlockingIOError:
                 if time.monotonic() > deadline_s:
                     raise OutputError(self._held_message()) from None
@@ -71,6 +74,21 @@ class RunLock:
         os.ftruncate(self.fd, 0)
         os.pwrite(self.fd, holder.encode() + starter + b"\n", 0)
         return self
+
+    def _open(self) -> None:
+        try:
+            self._paths.directory.mkdir(mode=self._mode, exist_ok=True)
+            self.fd = os.open(self._paths.lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        except OSError as error:
+            raise OutputError(f"Can't create {self._paths.lock}: {error.strerror}.") from None
+
+    def _is_current(self) -> bool:
+        """Whether what is locked is still the file of that name: a refused start takes its new one
+        back, and who waited for that would hold nothing."""
+        try:
+            return os.path.samestat(os.fstat(self.fd), os.stat(self._paths.lock))
+        except FileNotFoundError:
+            return False
 
     def _read(self) -> tuple[str, Starter | None]:
         """(who holds it, for people; the same for us) as the file says."""
@@ -108,6 +126,24 @@ class RunLock:
 
     def __exit__(self, *exception: object) -> None:
         os.close(self.fd)
+
+
+def holder_of(paths: RunPaths) -> str | None:
+    """Who plans, answers or merges there now, for people; None when nobody does."""
+    try:
+        fd = os.open(paths.lock, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        first = os.pread(fd, 4000, 0).decode("utf-8", "replace").partition("\n")[0]
+        return first.strip() or "a process that is just starting"
+    except OSError:  # a file system without locks
+        return None
+    finally:
+        os.close(fd)
+    return None
 
 
 def _user() -> str:

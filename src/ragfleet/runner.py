@@ -8,23 +8,21 @@ watch their worker.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import errno
 import os
 import shutil
 import time
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import msgspec
-import numpy as np
 
 from ragfleet.accounting import begin_account
-from ragfleet.allocation import worker_environment
-from ragfleet.beats import Beat, beat_timeout_s, read_beats
+from ragfleet.beats import Beat, read_beats
 from ragfleet.config import RunConfig
+from ragfleet.earlier_files import backup_name, check_output, move_away, remove_old_launches
 from ragfleet.errors import (
     Interrupted,
     OutputError,
@@ -35,24 +33,20 @@ from ragfleet.errors import (
 )
 from ragfleet.estimates import Prefill, plan_requests
 from ragfleet.events import Event, OnEvent
+from ragfleet.follower import follow
 from ragfleet.header import header_lines, leftovers_line, resume_line
 from ragfleet.identity import (
     RunFile,
-    check_same_run,
-    check_truncation,
     write_run_file,
 )
 from ragfleet.launch import (
-    Launch,
     LaunchPaths,
     RunPaths,
-    SeatSpec,
     Work,
-    read_launch,
     write_launch,
 )
 from ragfleet.launchers import torchrun
-from ragfleet.launchers.supervisor import Seat, Supervisor
+from ragfleet.launchers.supervisor import Supervisor
 from ragfleet.launchers.torchrun import TorchrunRank
 from ragfleet.merge import write_results
 from ragfleet.planning import (
@@ -65,22 +59,23 @@ from ragfleet.planning import (
 from ragfleet.preparation import Preparation, check_paths, prepare
 from ragfleet.privacy import is_private, make_private
 from ragfleet.run_lock import RunLock
-from ragfleet.shards import list_shards, partial_path
-from ragfleet.summary import Generation, MergeStatistics, RunSummary
+from ragfleet.seats import launch_of, seat_of
+from ragfleet.summary import MergeStatistics, RunSummary, generation_of
 
-_PLAN_WAIT_S: Final = 1800.0
-_PLAN_NOTE_S: Final = 30.0
-_POLL_S: Final = 0.2
 _ENOUGH: Final = 32
 """Answers whose mean length says something of the others."""
 _STORAGE_ERRORS: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 
-def run(config: RunConfig, on_event: OnEvent | None = None) -> RunSummary | None:
+def run(
+    config: RunConfig, on_event: OnEvent | None = None, *, owns_process: bool = False
+) -> RunSummary | None:
     """Answer the contexts and merge the results; go on where an earlier start stopped.
 
     Args:
         on_event: called with everything worth showing while the run goes on.
+        owns_process: this process is there for the run alone and starts nothing else, so what its
+            workers leave behind is adopted by it and ended, also where nothing else gives it away.
 
     Returns:
         The summary; None on torchrun's ranks above 0, where rank 0 has it.
@@ -94,20 +89,26 @@ def run(config: RunConfig, on_event: OnEvent | None = None) -> RunSummary | None
     started_s = time.monotonic()
     rank = torchrun.detect(os.environ)
     if rank is not None and rank.rank > 0:
-        _follow(config, rank, say)
+        follow(config, rank, say, owns_process)
         return None
     if rank is not None and rank.restart_count > 0:
         config = config.replace(overwrite=False)  # it has been done by the first attempt
-    return _Run(config, rank, say, started_s).go()
+    return _Run(config, rank, say, started_s, owns_process).go()
 
 
 class _Run:
     """One start of a run, step by step."""
 
     def __init__(
-        self, config: RunConfig, rank: TorchrunRank | None, say: OnEvent, started_s: float
+        self,
+        config: RunConfig,
+        rank: TorchrunRank | None,
+        say: OnEvent,
+        started_s: float,
+        owns_process: bool,
     ) -> None:
         self.config, self.rank, self.started_s = config, rank, started_s
+        self.owns_process = owns_process
         self._on_event = say
         self.launch_id = rank.launch_id if rank is not None else uuid.uuid4().hex[:12]
         self.restarts = 0
@@ -142,12 +143,14 @@ class _Run:
             try:
                 preparation = prepare(self.config, os.environ, self.rank)
                 indexed = self.read_input(preparation)
-                self.check_output(preparation, indexed)
+                if not self.config.overwrite:
+                    finished = find_finished(indexed, paths.output_file)
+                    check_output(preparation, len(finished.winners.answers))
             except UsageError:
                 lock.discard_new()
                 raise
             if self.config.overwrite:
-                _move_away(preparation.paths, self.private)
+                move_away(preparation.paths, self.private)
             summary = self.already_removed(preparation, indexed)
             if summary is None:
                 run_file = self.begin(preparation, indexed)
@@ -166,34 +169,6 @@ class _Run:
                 Event("reading", f"read {count:,} records ({share:.0%} of the file)")
             ),
         )
-
-    def check_output(self, preparation: Preparation, indexed: Indexed) -> None:
-        """Refuse an output that belongs to something else."""
-        paths, run_file = preparation.paths, preparation.run_file
-        if self.config.overwrite:
-            return
-        finished = find_finished(indexed, paths.output_file)
-        has_results = len(finished.winners.answers) > 0
-        if run_file is None:
-            if paths.output_file.exists() and not has_results:
-                raise OutputError(
-                    f"{paths.output_file} exists, and no run of ragfleet made it. Take another"
-                    " --output_file, or --overwrite, which moves it to"
-                    f" {paths.output_file.stem}.bak-<time>."
-                )
-            return
-        if run_file.output_name not in ("", paths.output_file.name):
-            raise OutputError(
-                f"{paths.directory} belongs to {run_file.output_name}; two outputs whose names"
-                " differ only in their ending can't share it. Take another --output_file."
-            )
-        if not has_results and run_file.merged is None:
-            return  # nothing depends on the earlier start's settings
-        check_same_run(
-            run_file, preparation.identity, paths.output_file, len(finished.winners.answers)
-        )
-        truncation = [self.config.truncate_context, self.config.max_model_len]
-        check_truncation(run_file, truncation, paths.output_file)
 
     def already_removed(self, preparation: Preparation, indexed: Indexed) -> RunSummary | None:
         """The stored summary of a merged run whose shards were removed, else None."""
@@ -254,7 +229,7 @@ class _Run:
             self.say(Event("note", resume_line(starts, num_finished, to_do)))
         self.finished, self.to_do = num_finished, to_do
         launch_paths = paths.launch(self.launch_id)
-        _remove_old_launches(paths)
+        remove_old_launches(paths)
         if not to_do:
             self.release_followers(launch_paths)
             return num_finished
@@ -263,7 +238,7 @@ class _Run:
         num_started = preparation.num_workers
         if self.rank is None and config.schedule == "dynamic":
             num_started = min(num_started, len(plan.chunks))
-        launch = self.make_launch(preparation, num_started)
+        launch = launch_of(preparation, self.launch_id, num_started, private=self.private)
         work = Work(indexed.index.records, plan.order, plan.leads, plan.chunks)
         paths.logs.mkdir(exist_ok=True)
         if preparation.remote is not None:
@@ -273,7 +248,7 @@ class _Run:
         supervisor = Supervisor(
             launch_paths,
             launch,
-            [_seat(launch, rank) for rank in ranks],
+            [seat_of(launch, rank) for rank in ranks],
             logs=paths.logs,
             num_chunks=len(plan.chunks),
             max_restarts=config.max_restarts,
@@ -281,6 +256,7 @@ class _Run:
             on_tick=self.tick,
             keep_fds=(lock.fd,),
             parent_pid=self.rank.agent_pid if self.rank is not None else None,
+            owns_process=self.owns_process,
         )
         try:
             supervisor.run()
@@ -291,56 +267,6 @@ class _Run:
             raise self.told(error, indexed, paths) from error
         self.beats = read_beats(launch_paths.beats)
         return num_finished
-
-    def make_launch(self, preparation: Preparation, num_started: int) -> Launch:
-        config, prompts = self.config, preparation.prompts
-        return Launch(
-            launch_id=self.launch_id,
-            contexts_file=str(config.contexts_file.absolute()),
-            output_file=str(preparation.paths.output_file),
-            run_key=preparation.identity.run_key.hex(),
-            engine=preparation.engine,
-            inference_class=preparation.inference_class,
-            model_dir=str(preparation.model_dir) if preparation.model_dir is not None else None,
-            inference_type=config.inference_type,
-            remote=preparation.remote,
-            sampling={
-                "max_new_tokens": config.max_new_tokens,
-                "temperature": config.temperature,
-                "top_p": config.top_p,
-                "stop": list(config.stop),
-            },
-            prompts={field.name: getattr(prompts, field.name) for field in _fields(prompts)},
-            precision=preparation.precision,
-            batch_size=config.batch_size,
-            engine_options=config.engine_options,
-            prefix_sharing=config.prefix_sharing == "auto",
-            kv_cache_bytes=config.kv_cache_bytes,
-            max_model_len=config.max_model_len,
-            trust_remote_code=config.trust_remote_code,
-            max_retries=preparation.max_retries,
-            request_timeout_s=config.request_timeout_s,
-            start_timeout_s=config.start_timeout_s,
-            stall_timeout_s=config.stall_timeout_s,
-            fsync_s=config.fsync_s,
-            seed=config.seed,
-            include_context=config.include_context,
-            num_workers=preparation.num_workers,
-            num_started=num_started,
-            verbose=config.verbose,
-            private=self.private,
-            may_steal=config.schedule == "dynamic",
-            beat_timeout_s=beat_timeout_s(preparation.paths.directory),
-            seats=[
-                SeatSpec(
-                    environment=worker_environment(worker),
-                    num_gpus=len(worker.gpus),
-                    num_threads=worker.num_threads,
-                    gpu_memory_bytes=worker.memory_bytes_per_gpu if worker.share > 1 else None,
-                )
-                for worker in preparation.allocation.workers
-            ],
-        )
 
     def release_followers(self, paths: LaunchPaths) -> None:
         if self.rank is not None:
@@ -391,7 +317,7 @@ class _Run:
         def keep_better(statistics: MergeStatistics) -> None:
             before = (run_file.merged or {}).get("statistics", {}).get("succeeded", 0)
             if before > statistics.succeeded and paths.output_file.exists():
-                backup = _backup_name(paths.output_file)
+                backup = backup_name(paths.output_file)
                 shutil.copy2(paths.output_file, backup)
                 self.say(
                     Event(
@@ -453,99 +379,3 @@ class _Run:
         if price_in is None and price_out is None:
             return None
         return (prompt_tokens * (price_in or 0) + completion_tokens * (price_out or 0)) / 1e6
-
-
-def generation_of(beats: Iterable[Beat]) -> Generation:
-    """What the workers of this start say of themselves, those that died among them."""
-    generation = Generation()
-    ranks = set()
-    for beat in beats:
-        ranks.add(beat.owner.partition(".")[0])
-        generation.makespan_s = max(generation.makespan_s, beat.span_s)
-        generation.busy_s += beat.busy_s
-        generation.prompt_tokens += beat.prompt_tokens
-        generation.cached_tokens += beat.cached_tokens
-        generation.uncounted += beat.uncounted
-    generation.num_workers = len(ranks)
-    return generation
-
-
-def _follow(config: RunConfig, rank: TorchrunRank, say: OnEvent) -> None:
-    """A rank above 0: wait for rank 0's plan, then watch one worker until all is finished."""
-    paths = RunPaths(config.output_file.absolute())
-    launch_paths = paths.launch(rank.launch_id)
-    started_s = time.monotonic()
-    next_note_s = started_s + _PLAN_NOTE_S
-    while not launch_paths.spec.exists():
-        if launch_paths.nothing_to_do.exists():
-            return
-        if os.getppid() != rank.agent_pid:
-            raise RunError("torchrun is gone, and nobody writes a plan any more.")
-        now_s = time.monotonic()
-        if now_s > started_s + _PLAN_WAIT_S:
-            raise RunError(f"Rank 0 wrote no plan within {_PLAN_WAIT_S:.0f} s.")
-        if now_s > next_note_s:
-            next_note_s += _PLAN_NOTE_S
-            say(Event("note", f"rank {rank.rank}: still waiting for rank 0's plan"))
-        time.sleep(_POLL_S)  # rank 0's file is all there is to wait for
-    launch = read_launch(launch_paths)
-    Supervisor(
-        launch_paths,
-        launch,
-        [_seat(launch, rank.rank)],
-        logs=paths.logs,
-        num_chunks=len(np.load(launch_paths.array("chunks"), mmap_mode="r")),
-        max_restarts=config.max_restarts,
-        on_event=say,
-        parent_pid=rank.agent_pid,
-    ).run()
-
-
-def _seat(launch: Launch, rank: int) -> Seat:
-    spec = launch.seats[rank]
-    return Seat(
-        rank=rank,
-        environment={**torchrun.scrubbed(os.environ), **spec.environment},
-        num_gpus=spec.num_gpus,
-        num_threads=spec.num_threads,
-    )
-
-
-def _remove_old_launches(paths: RunPaths) -> None:
-    """Nothing of an earlier start runs any more: the lock says so."""
-    for torn in paths.output_file.parent.glob(f".{paths.output_file.name}.*.tmp"):
-        torn.unlink(missing_ok=True)
-    shutil.rmtree(paths.launches, ignore_errors=True)
-    paths.launches.mkdir(parents=True, exist_ok=True)
-
-
-def _move_away(paths: RunPaths, private: bool) -> None:
-    """--overwrite: everything of the earlier run into one folder, so that one `mv` undoes it."""
-    output = paths.output_file
-    old = [output, partial_path(output), *list_shards(output)]
-    old = [path for path in old if path.exists()]
-    inside = [path for path in paths.directory.iterdir() if path != paths.lock]
-    if not old and not inside:
-        return
-    backup = output.with_name(_backup_name(output).stem)
-    backup.mkdir(mode=0o700 if private else 0o777)
-    (backup / paths.directory.name).mkdir()
-    for path in old:
-        path.rename(backup / path.name)
-    for path in inside:
-        path.rename(backup / paths.directory.name / path.name)
-
-
-def _backup_name(output: Path) -> Path:
-    stamp = time.strftime("%Y%m%d-%H%M%S")
-    number = 0
-    while True:
-        suffix = f"-{number}" if number else ""
-        name = output.with_name(f"{output.stem}.bak-{stamp}{suffix}{output.suffix}")
-        if not name.exists() and not name.with_name(name.stem).exists():
-            return name
-        number += 1
-
-
-def _fields(prompts: Any) -> tuple[dataclasses.Field[Any], ...]:
-    return dataclasses.fields(prompts)

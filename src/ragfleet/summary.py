@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ragfleet.beats import Beat
 from ragfleet.records import decode_object
 
 if TYPE_CHECKING:
@@ -81,6 +82,21 @@ class Generation:
     def lower_bound_s(self) -> float:
         """No worker idle: the work that was done, evenly spread."""
         return self.busy_s / self.num_workers if self.num_workers else 0.0
+
+
+def generation_of(beats: Iterable[Beat]) -> Generation:
+    """What the workers of this start say of themselves, those that died among them."""
+    generation = Generation()
+    ranks = set()
+    for beat in beats:
+        ranks.add(beat.owner.partition(".")[0])
+        generation.makespan_s = max(generation.makespan_s, beat.span_s)
+        generation.busy_s += beat.busy_s
+        generation.prompt_tokens += beat.prompt_tokens
+        generation.cached_tokens += beat.cached_tokens
+        generation.uncounted += beat.uncounted
+    generation.num_workers = len(ranks)
+    return generation
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -88,10 +88,7 @@ def verify(contexts: Path, results: Path) -> Verification:
     """
     paths, run_file = run_of(results)
     indexed = _index_of(contexts, run_file)
-    if not results.exists():
-        raise OutputError(
-            f"There is no {results}; ragfleet merge --output_file {results} makes it."
-        )
+    _check_exists(results)
     finished = find_finished(indexed, paths.output_file)
     has_shards = bool(list_shards(paths.output_file)) or not indexed.requests.any()
     found = Verification(answers_proved=has_shards)
@@ -110,6 +107,14 @@ def verify(contexts: Path, results: Path) -> Verification:
                 found.rows += 1
                 _compare(number, row, wanted, found)
     return found
+
+
+def _check_exists(results: Path) -> None:
+    if not results.exists():
+        raise OutputError(
+            f"There is no {results} yet: its run is not finished, or not merged. Run infer again;"
+            f" ragfleet status --output_file {results} says what remains."
+        )
 
 
 def _index_of(contexts: Path, run_file: RunFile) -> Indexed:
@@ -153,10 +158,7 @@ def failed_inputs(results: Path) -> Iterator[bytes]:
     _, run_file = run_of(results)
     assert run_file.selection is not None
     indexed = index_contexts(run_file.selection, bytes.fromhex(run_file.run_key))
-    if not results.exists():
-        raise OutputError(
-            f"There is no {results}; ragfleet merge --output_file {results} makes it."
-        )
+    _check_exists(results)
     dropped = run_file.selection.drop_failed_contexts
     records = indexed.index.records
     rows = [row for part in indexed.selected for row in part]

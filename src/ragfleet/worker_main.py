@@ -15,10 +15,12 @@ import logging
 import os
 import signal
 import sys
+import traceback
 from pathlib import Path
 from types import FrameType
-from typing import Final
+from typing import Final, NoReturn
 
+from ragfleet.engines.group_guard import GroupGuard
 from ragfleet.errors import RagfleetError, RunError, UsageError
 from ragfleet.events import EventPipe
 from ragfleet.launch import LaunchPaths, read_launch
@@ -45,6 +47,9 @@ def main(argv: list[str]) -> int:
     launch_dir, *numbers = argv
     rank, incarnation, num_gpus, num_threads, parent_pid, events_fd = map(int, numbers)
     die_with_parent(parent_pid)
+    # Without the launcher nobody kills this group; what an engine or a user's class starts in it
+    # would go on holding a GPU.
+    guard = GroupGuard()
     faulthandler.enable()
     # Written by C code, so it works while other C code holds the GIL; SIGUSR1 is Slurm's.
     faulthandler.register(signal.SIGQUIT, all_threads=True)
@@ -90,8 +95,24 @@ def main(argv: list[str]) -> int:
     except RagfleetError as error:
         events.send("note", str(error))
         raise
+    finally:
+        guard.close()
     return 0
 
 
+def _exit(code: int) -> NoReturn:
+    """At once: a thread that an engine or a user's class left running must not keep a dead worker
+    from being replaced."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    try:
+        exit_code = main(sys.argv[1:])
+    except Exception:
+        traceback.print_exc()
+        _exit(1)
+    if exit_code:
+        _exit(exit_code)

@@ -468,6 +468,7 @@ def test_status_and_merge_of_an_unfinished_run(tmp_path: Path) -> None:
     status = ragfleet(tmp_path, "status", *output, **environment)
     assert status.returncode == 0, status.stderr
     assert "8 of 10 requests finished (0 of them failed), 2 remain; start 1." in status.stdout
+    assert "Nothing runs; the same infer command goes on" in status.stdout
 
     merge = ragfleet(tmp_path, "merge", *output, **environment)
     assert merge.returncode == 1
@@ -482,6 +483,9 @@ def test_status_and_merge_of_an_unfinished_run(tmp_path: Path) -> None:
     assert [row["id"] for row in rows] == [f"r{n}" for n in range(10) if f"r{n}" in kept]
     assert len(kept) == 8
     assert (tmp_path / "out.jsonl").read_bytes() == before
+    verify = ragfleet(tmp_path, "verify", "in.jsonl", "out.partial.jsonl", **environment)
+    assert verify.returncode == 2
+    assert "is a partial merge" in verify.stderr
 
     assert generated(infer(tmp_path, *ECHO)) == (2, 8)
     merge = ragfleet(tmp_path, "merge", *output, **environment)

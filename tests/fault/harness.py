@@ -17,11 +17,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib.util
-import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -30,63 +29,22 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import psutil
+from schedules import (
+    BEAT_TIMEOUT_S,
+    IN_FLIGHT,
+    KILLS,
+    NUM_RECORDS,
+    SHORT_LIFE_S,
+    STORAGE_ERRORS,
+    Fault,
+    Schedule,
+    make_schedule,
+    write_input,
+)
 
-ENGINE = """
-import asyncio, errno, os, pathlib, time
-import ragfleet.shards
-from ragfleet import QueryBasedInference
-
-HERE = pathlib.Path(__file__).parent
-CALLS = HERE / "calls"
-now_ns = time.time_ns
-
-class Storage:
-    # The os module as the shard's writer sees it; fails in the way that the file `full` names.
-    def __getattr__(self, name):
-        return getattr(os, name)
-
-    def write(self, fd, row):
-        try:
-            how = (HERE / "full").read_text()
-        except FileNotFoundError:
-            return os.write(fd, row)
-        if how == "SHORT":
-            return os.write(fd, row[: len(row) // 2])
-        raise OSError(getattr(errno, how), how)
-
-ragfleet.shards.os = Storage()
-
-def jumping_ns():
-    try:
-        return now_ns() + int((HERE / "clock").read_text())
-    except (OSError, ValueError):
-        return now_ns()
-
-time.time_ns = jumping_ns
-
-def asked(query):
-    fd = os.open(CALLS, os.O_CREAT | os.O_APPEND | os.O_WRONLY)
-    os.write(fd, (query + "\\n").encode())
-    os.close(fd)
-
-class OneByOne(QueryBasedInference):
-    def generate_answer(self, query, context, retrieval_method):
-        asked(f"{query} {context}")
-        time.sleep(0.002)
-        return f"{context}: {query[::-1]}"
-
-class Together(QueryBasedInference):
-    async def generate_answer(self, query, context, retrieval_method):
-        asked(f"{query} {context}")
-        await asyncio.sleep(0.006)
-        return f"{context}: {query[::-1]}"
-"""
-NUM_RECORDS = 160
 LAUNCHER = """
 import sys
 import ragfleet.beats
@@ -94,108 +52,8 @@ ragfleet.beats.BEAT_TIMEOUT_S = float(sys.argv.pop(1))
 from ragfleet.cli import main
 sys.exit(main())
 """
-BEAT_TIMEOUT_S = 10.0
-SHORT_LIFE_S = 3.0
-"""Where a schedule waits for claims to outlive their owner."""
-IN_FLIGHT = {"OneByOne": 1, "Together": 8}
 UNCOMPARED = ("inference_time", "total_time", "worker_rank")
 RUN_LIMIT_S = 120.0
-
-
-@dataclass
-class Fault:
-    """One thing that happens, `after` so many finished lines of this start."""
-
-    kind: str
-    after: int
-    which: int
-
-
-@dataclass
-class Schedule:
-    seed: int
-    engine: str
-    starts: list[tuple[int, list[Fault]]] = field(default_factory=list)
-    """(workers, faults) of each start but the last."""
-    damages: list[list[str]] = field(default_factory=list)
-    """What is done to the shards after each of them."""
-    last_workers: int = 2
-    torchrun: bool = False
-    """The first start is torchrun's, and its agent is killed."""
-
-    @property
-    def beat_timeout_s(self) -> float:
-        kinds = [fault.kind for _, faults in self.starts for fault in faults]
-        return SHORT_LIFE_S if "zombie" in kinds else BEAT_TIMEOUT_S
-
-
-DURING = (
-    "kill_worker",
-    "kill_worker",
-    "kill_supervisor",
-    "kill_all",
-    "terminate",
-    "freeze",
-    "zombie",
-    "storage",
-    "file_limit",
-    "clock",
-    "edit_input",
-    "second_run",
-    "delete_claim",
-    "delete_beat",
-    "delete_done",
-    "delete_plan",
-)
-BETWEEN = (
-    "cut",
-    "cut",
-    "duplicate_line",
-    "foreign_line",
-    "garbage",
-    "delete_launches",
-    "edit_input",
-    "nothing",
-)
-STORAGE_ERRORS = ("SHORT", "ENOSPC", "EROFS", "EIO")
-KILLS = ("kill_worker", "kill_all", "kill_supervisor", "kill_agent", "storage", "file_limit")
-TORCHRUN_EVERY = 25
-
-
-def make_schedule(seed: int) -> Schedule:
-    draw = random.Random(seed)
-    schedule = Schedule(seed, draw.choice(list(IN_FLIGHT)))
-    for _ in range(draw.randint(1, 2)):
-        faults = [
-            Fault(draw.choice(DURING), draw.randint(0, NUM_RECORDS // 3), draw.randrange(1 << 16))
-            for _ in range(draw.randint(1, 2))
-        ]
-        schedule.starts.append((draw.randint(1, 3), faults))
-        schedule.damages.append([draw.choice(BETWEEN) for _ in range(draw.randint(0, 2))])
-    schedule.last_workers = draw.randint(1, 3)
-    if seed % TORCHRUN_EVERY == TORCHRUN_EVERY - 1 and importlib.util.find_spec("torch"):
-        schedule.torchrun = True
-        schedule.starts[0] = (2, [Fault("kill_agent", draw.randint(0, NUM_RECORDS // 3), 0)])
-    return schedule
-
-
-def write_input(directory: Path) -> None:
-    """Groups of four records on one context, some equal, some invalid, some without a context."""
-    lines = []
-    for number in range(NUM_RECORDS):
-        same = number - 4 if number % 16 == 9 else number
-        record: dict[str, Any] = {
-            "id": f"r{same}",
-            "query": f"q{same}",
-            "context": f"c{same // 4}",
-        }
-        if number % 40 == 7:
-            record["success"] = False
-        lines.append(json.dumps(record))
-    lines[33] = '{"id": "r33", "query": "  ", "context": "blank"}'
-    lines[77] = '{"id": "r77", broken'
-    (directory / "in.jsonl").write_text("\n".join(lines) + "\n")
-    (directory / "engine.py").write_text(ENGINE)
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -300,7 +158,11 @@ class Harness:
                 if not self.reached(process, before + fault.after):
                     break
                 self.inflict(fault, process)
-            code = process.wait(timeout=RUN_LIMIT_S)
+            try:
+                code = process.wait(timeout=RUN_LIMIT_S)
+            except subprocess.TimeoutExpired:
+                self.problems.append(f"HUNG: {self.story[-3:]}")
+                return -1
             self.check_deaths(self.said()[len(said_before) :], faults)
             return code
         finally:
@@ -321,7 +183,7 @@ class Harness:
     def check_deaths(self, said: str, faults: list[Fault]) -> None:
         """Survivors keep their processes: no worker dies but those that were killed."""
         kinds = [fault.kind for fault in faults]
-        if {"delete_plan", "delete_done", "kill_agent"} & set(kinds):
+        if {"delete_plan", "delete_done", "delete_run", "kill_agent"} & set(kinds):
             return  # started anew without a plan to read, or though it had seen all finished
         deaths, kills = said.count(" died ("), sum(kind in KILLS for kind in kinds)
         if deaths > kills and not {"storage", "file_limit"} & set(kinds):
@@ -367,6 +229,7 @@ class Harness:
             "edit_input": lambda: self.edit_input(fault.which),
             "second_run": self.second_run,
             "delete_plan": self.delete_plan,
+            "delete_run": self.delete_run,
             "delete_claim": lambda: self.delete("claims/*.g*", fault.which),
             "delete_done": lambda: self.delete("claims/*.done", fault.which),
             "delete_beat": lambda: self.delete("beats/*", fault.which),
@@ -466,6 +329,10 @@ class Harness:
         for path in self.directory.glob("out.run/launches/*/*"):
             if path.suffix in (".npy", ".json"):
                 path.unlink(missing_ok=True)
+
+    def delete_run(self) -> None:
+        """All that may be removed, under the workers' hands."""
+        shutil.rmtree(self.directory / "out.run", ignore_errors=True)
 
     def delete(self, pattern: str, which: int) -> None:
         found = sorted(self.directory.glob(f"out.run/launches/*/{pattern}"))

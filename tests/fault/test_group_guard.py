@@ -12,10 +12,12 @@ from contextlib import contextmanager
 
 # A worker with a child that would run on for a minute, and a guard.
 WORKER = """
-import subprocess, sys
+import os, subprocess, sys, time
 from ragfleet.engines.group_guard import GroupGuard
 child = subprocess.Popen(["sleep", "60"], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
 guard = GroupGuard()
+if "forks" in sys.argv and os.fork() == 0:  # it keeps the pipe that the guard listens to
+    time.sleep(60)
 print(child.pid, flush=True)
 for line in sys.stdin:
     guard.close()
@@ -24,10 +26,10 @@ for line in sys.stdin:
 
 
 @contextmanager
-def worker() -> Iterator[tuple[subprocess.Popen[str], int]]:
+def worker(*arguments: str) -> Iterator[tuple[subprocess.Popen[str], int]]:
     """A started worker and a pidfd of its child; the child is killed at the end."""
     with subprocess.Popen(
-        [sys.executable, "-c", WORKER],
+        [sys.executable, "-c", WORKER, *arguments],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -49,6 +51,12 @@ def has_ended(pidfd: int, timeout_s: float) -> bool:
 
 def test_a_killed_worker_takes_its_processes_with_it() -> None:
     with worker() as (process, child):
+        process.kill()
+        assert has_ended(child, 10)
+
+
+def test_also_where_a_fork_of_it_lives_on() -> None:
+    with worker("forks") as (process, child):
         process.kill()
         assert has_ended(child, 10)
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
@@ -149,6 +150,19 @@ def test_an_orphan_that_is_not_ours_is_named_and_spared(
         assert psutil.Process(child).is_running()
     finally:
         end(holder, child)
+
+
+def test_a_lock_that_was_taken_back_is_no_lock(tmp_path: Path) -> None:
+    """A first start that is refused removes its new folder, and somebody may wait for its lock."""
+    paths = RunPaths(tmp_path / "out.jsonl")
+    refused = RunLock(paths, "refused").__enter__()
+    waiting = ThreadPoolExecutor(1).submit(RunLock(paths, "waiting").__enter__)
+    time.sleep(0.3)  # it tries every 0.1 s; nothing says that it does
+    refused.discard_new()
+    refused.__exit__()
+    lock = waiting.result(timeout=10)
+    assert os.path.samestat(os.fstat(lock.fd), paths.lock.stat())
+    lock.__exit__()
 
 
 def test_only_what_is_certainly_dead_is_dead() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -53,10 +54,13 @@ class LoadsForever(QueryBasedInference):
 
 
 def run(
-    folder: Path, count: int, class_name: str, *flags: str
+    folder: Path, count: int, class_name: str, *flags: str, site: str = ""
 ) -> tuple[list[dict[str, object]], str]:
     """Rows and what was said; the run must end well."""
     (folder / "mine.py").write_text(CLASSES)
+    (folder / "site").mkdir(exist_ok=True)
+    (folder / "site" / "sitecustomize.py").write_text(site)
+    source = harness.environment()["PYTHONPATH"]
     with (folder / "in.jsonl").open("w") as file:
         for number in range(count):
             record = {"id": f"r{number}", "query": f"q{number}", "context": f"c{number // 4}"}
@@ -67,7 +71,7 @@ def run(
     done = subprocess.run(
         command,
         cwd=folder,
-        env=harness.environment(),
+        env=harness.environment(PYTHONPATH=os.pathsep.join((str(folder / "site"), source))),
         capture_output=True,
         text=True,
         timeout=90,
@@ -90,7 +94,9 @@ def test_one_poison_record_in_a_thousand_is_one_failure_row(tmp_path: Path, work
 
 
 def test_a_worker_without_progress_is_ended_with_its_grandchild(tmp_path: Path) -> None:
-    rows, said = run(tmp_path, 40, "Stands", "--request_timeout_s", "1")
+    # The grace is waited for as well; how long it is does not matter here.
+    site = "import ragfleet.launchers.liveness as liveness\nliveness.GRACE_S = 0.5\n"
+    rows, said = run(tmp_path, 40, "Stands", "--request_timeout_s", "1", site=site)
     assert "took longer than 1 s" in said
     assert [row["error_type"] for row in rows if not row["success"]] == ["timeout"]
     try:

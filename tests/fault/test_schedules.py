@@ -7,8 +7,9 @@ from pathlib import Path
 
 import harness
 import pytest
+import schedules
 
-SEEDS = int(os.environ.get("SEEDS", "5"))
+SEEDS = int(os.environ.get("SEEDS", "4"))
 
 # Put on PYTHONPATH as sitecustomize.py, so that every process of a run is broken in one way.
 BROKEN = {
@@ -46,19 +47,19 @@ import ragfleet.launchers.supervisor as supervisor
 replace = supervisor.Supervisor._replace
 def all_of_them(self, process, code):
     for other in list(self._running.values()):
-        supervisor._kill_group(other.popen.pid)
+        other.kill()
     replace(self, process, code)
 supervisor.Supervisor._replace = all_of_them
 """,
     "LOST": """
-# The reader stops at the first line that is no result.
+# The reader gives up at a line that is no result.
 import ragfleet.shards as shards
 tolerant = shards._rows
 def strict(path, start_bytes=0):
-    for offset, line, row in tolerant(path, start_bytes):
+    for offset, line, key, row in tolerant(path, start_bytes):
         if row is None:
             raise ValueError(f"{path}: a torn line")
-        yield offset, line, row
+        yield offset, line, key, row
 shards._rows = strict
 """,
 }
@@ -69,37 +70,56 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> list[bytes]:
     return harness.reference(tmp_path_factory.mktemp("reference"))
 
 
-@pytest.mark.parametrize("seed", range(SEEDS))
+# The last one: two marks of finished chunks are deleted before anybody else has seen them.
+@pytest.mark.parametrize("seed", [*range(SEEDS), 37])
 def test_a_schedule_of_faults_loses_and_doubles_nothing(seed: int, expected: list[bytes]) -> None:
     problems, story = harness.run_seed(seed, expected)
     assert not problems, "\n".join([*problems, *story])
 
 
-def schedule_of(seed: int, during: list[harness.Fault], between: list[str]) -> harness.Schedule:
-    return harness.Schedule(seed, "OneByOne", [(2, during)], [between], last_workers=2)
+def schedule_of(seed: int, during: list[schedules.Fault], between: list[str]) -> schedules.Schedule:
+    return schedules.Schedule(seed, "OneByOne", [(2, during)], [between], last_workers=2)
 
 
-@pytest.mark.parametrize(
-    ("check", "between"),
-    [
-        ("REDONE", []),
-        ("DOUBLED", ["duplicate_line"]),
-        ("LOST", ["garbage"]),
-        ("SURVIVORS", []),
-    ],
-)
-def test_the_harness_notices(
-    check: str, between: list[str], expected: list[bytes], tmp_path: Path
-) -> None:
-    broken = tmp_path / "broken"
+def run_broken(
+    check: str,
+    during: list[schedules.Fault],
+    between: list[str],
+    expected: list[bytes],
+    where: Path,
+) -> list[str]:
+    """What the harness finds in a system that is broken in one way."""
+    broken, folder = where / "broken", where / "run"
     broken.mkdir()
     (broken / "sitecustomize.py").write_text(BROKEN[check])
     environ = harness.environment()
     environ["PYTHONPATH"] = os.pathsep.join((str(broken), environ["PYTHONPATH"]))
-    folder = tmp_path / "run"
     folder.mkdir()
-    how = "kill_worker" if check == "SURVIVORS" else "kill_all"
-    during = [harness.Fault(how, 40, 0)]
-    runner = harness.Harness(schedule_of(0, during, between), folder, environ)
-    problems = runner.run(expected)
+    return harness.Harness(schedule_of(0, during, between), folder, environ).run(expected)
+
+
+@pytest.mark.parametrize(
+    ("check", "during", "between"),
+    [
+        ("REDONE", "kill_all", []),
+        ("DOUBLED", "kill_all", ["duplicate_line"]),
+        ("LOST", "kill_all", ["garbage"]),
+        ("SURVIVORS", "kill_worker", []),
+    ],
+)
+def test_the_harness_notices(
+    check: str, during: str, between: list[str], expected: list[bytes], tmp_path: Path
+) -> None:
+    problems = run_broken(check, [schedules.Fault(during, 40, 0)], between, expected, tmp_path)
     assert any(check in problem for problem in problems), problems
+
+
+@pytest.mark.parametrize(
+    "check",
+    ["LOST", *(pytest.param(name, marks=pytest.mark.slow) for name in ("DOUBLED", "SURVIVORS"))],
+)
+def test_it_is_the_fault_that_shows_what_is_broken(
+    check: str, expected: list[bytes], tmp_path: Path
+) -> None:
+    """Without one, these three are no worse than the real thing: else they would prove nothing."""
+    assert run_broken(check, [], [], expected, tmp_path) == []

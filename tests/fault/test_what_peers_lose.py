@@ -151,6 +151,7 @@ def test_results_are_on_disk_while_the_job_runs(run: Run) -> None:
         wait_for(lambda: run.shard_lines() >= 20)
         assert process.poll() is None
         assert "20 of 40 selected lines" in run.go("", "--partial", command="merge")
+        assert f"Running: pid {process.pid} on " in run.go("", command="status")
         partial = run.rows("out.partial.jsonl")
         assert all(row["answer"] == row["query"][::-1] for row in partial)
         assert not (run.folder / "out.jsonl").exists()

@@ -161,7 +161,7 @@ def test_marks_are_read_back_and_may_be_made_twice(tmp_path: Path) -> None:
         store.give_up(2)
         store.time_out(4711)
     board = board_of([[0]])
-    store.refresh(board)
+    assert store.refresh(board) == {3}
     assert board.done == {3}
     assert board.dead == {"2.1"}
     assert board.gone == {2}
@@ -177,6 +177,38 @@ def test_chunk_numbers_may_outgrow_their_zeros(tmp_path: Path) -> None:
     store.refresh(board)
     assert 123456789 in board.claims
     assert board.done == {123456789}
+
+
+def test_a_claim_that_was_deleted_is_as_if_it_had_never_been(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Work is done again; a worker that stumbled over it would be started until it is given up."""
+    store = ClaimStore(tmp_path)
+    for generation in range(3):
+        store.try_claim(Claim(7, generation), Holder(f"{generation}.0", "s", generation))
+    (tmp_path / "0000007.g1").unlink()
+    earlier = store.earlier_holders(Claim(7, 3))
+    assert [holder.owner for holder in earlier] == ["0.0", "2.0"]
+    listed = os.listdir(tmp_path)
+    for name in listed:
+        (tmp_path / name).unlink()
+    monkeypatch.setattr("ragfleet.claims.os.listdir", lambda path: listed)
+    board = board_of([[7]])
+    store.refresh(board)
+    assert board.claims == {}
+
+
+def test_a_death_is_known_with_what_was_in_flight(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A listing may have passed the one name before it was there, and find the other."""
+    store = ClaimStore(tmp_path)
+    store.record_death("1.0", [4, 5])
+    store.bury("1.0")
+    monkeypatch.setattr("ragfleet.claims.os.listdir", lambda path: ["dead.1.0"])
+    board = board_of([[0]])
+    store.refresh(board)
+    assert board.deaths == {"1.0": (4, 5)}
 
 
 def test_a_folder_that_is_gone_is_a_storage_error(tmp_path: Path) -> None:

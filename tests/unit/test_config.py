@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from ragfleet.cli import main, parse_config
+from ragfleet.arguments import parse_config
+from ragfleet.cli import main
 from ragfleet.config import RunConfig
 from ragfleet.errors import ConfigError
 

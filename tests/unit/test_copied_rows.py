@@ -10,14 +10,11 @@ import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ragfleet.records import (
+from ragfleet.records import Fields, Plain, parse_fields, parse_sent
+from ragfleet.rows import (
     Answered,
-    Fields,
-    Plain,
     encode_value,
     failed,
-    parse_fields,
-    parse_sent,
     place_of,
     plain_row,
     repeats_all,

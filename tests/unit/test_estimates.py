@@ -29,8 +29,7 @@ from ragfleet.plan import CostModel
 from ragfleet.planning import Indexed, cost_model, index_contexts, selection_of
 from ragfleet.preparation import Preparation, pocket_folder, prepare
 from ragfleet.records import LazyRecord
-from ragfleet.runner import generation_of
-from ragfleet.summary import Generation
+from ragfleet.summary import Generation, generation_of
 from ragfleet.tokens import load_tokenizer, prepare_prompt
 
 WORDS = Path(__file__).read_text(encoding="utf-8").split()

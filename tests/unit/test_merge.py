@@ -20,7 +20,8 @@ from ragfleet.index import Kind
 from ragfleet.merge import write_results
 from ragfleet.plan import join_key
 from ragfleet.planning import Finished, Indexed, find_finished, index_contexts
-from ragfleet.records import OUTPUT_FIELDS, Answered, failed, parse_fields, result_row
+from ragfleet.records import parse_fields
+from ragfleet.rows import OUTPUT_FIELDS, Answered, failed, result_row
 from ragfleet.shards import list_shards, shard_path
 from ragfleet.summary import MergeStatistics
 

@@ -14,23 +14,25 @@ from hypothesis import strategies as st
 
 from ragfleet.records import (
     INPUT_FIELDS,
-    OUTPUT_FIELDS,
-    OWN_FIELDS,
-    Answered,
     Head,
     InvalidRecord,
     Keyer,
     LazyRecord,
     decode_object,
-    encode_value,
-    failed,
-    from_shard,
     normalise_json,
     parse_fields,
     parse_head,
     parse_sent,
-    parse_shard_row,
     repeat_key,
+)
+from ragfleet.rows import (
+    OUTPUT_FIELDS,
+    OWN_FIELDS,
+    Answered,
+    encode_value,
+    failed,
+    from_shard,
+    parse_shard_row,
     result_row,
 )
 

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from ragfleet.errors import StorageError
 from ragfleet.plan import split_key
-from ragfleet.records import Answered, failed, parse_fields, parse_shard_row, result_row
+from ragfleet.records import parse_fields
+from ragfleet.rows import Answered, failed, parse_shard_row, result_row
 from ragfleet.shards import (
     ANSWER,
     ShardIndex,

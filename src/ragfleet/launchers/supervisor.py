@@ -15,27 +15,24 @@ import contextlib
 import os
 import selectors
 import signal
-import subprocess
-import sys
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import Any, Final
 
 import msgspec
 
-import ragfleet
 from ragfleet import errors
 from ragfleet.beats import Beat, read_beats
 from ragfleet.claims import Board, ClaimStore
 from ragfleet.errors import Interrupted, RagfleetError, RunError, StorageError, WorkersFailed
-from ragfleet.events import Event, EventReader, OnEvent
+from ragfleet.events import Event, OnEvent
 from ragfleet.journal import read_journal
 from ragfleet.launch import Launch, LaunchPaths, write_atomically
-from ragfleet.leftovers import VARIABLE, end_tagged, tag
+from ragfleet.launchers.liveness import AwakeTime
+from ragfleet.launchers.process import DEATH_S, Seat, WorkerProcess
+from ragfleet.launchers.signals import ParentWatch, Signals
+from ragfleet.leftovers import Orphanage
 from ragfleet.poison import Suspicion
 
 TICK_S: Final = 0.5
@@ -44,44 +41,12 @@ DRAIN_S: Final = 20.0
 """
 _FORCE_AFTER_S: Final = 2.0
 """Under torchrun one Ctrl-C arrives twice, so only a later one forces."""
+_LEAVE_S: Final = 5.0
+"""From a worker's last word to its end."""
 _DUMP_S: Final = 1.0
 """Time a stalled worker has to write its stacks."""
-_TIMEOUT_GRACE_S: Final = 5.0
 _PROVEN: Final = 100
 """A worker that finished so many requests before it died starts counting its restarts anew."""
-_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Seat:
-    """Where one worker runs."""
-
-    rank: int
-    environment: Mapping[str, str]
-    num_gpus: int
-    num_threads: int
-
-
-@dataclass(slots=True, eq=False)
-class _Process:
-    seat: Seat
-    incarnation: int
-    popen: subprocess.Popen[bytes]
-    events: EventReader
-    pidfd: int | None
-    blocked_after_s: float | None = None
-    """Where a user's code can block the engine: how long it may."""
-    timed_out: bool = False
-    beat: Beat | None = None
-    beat_seen_s: float = field(default_factory=time.monotonic)
-    ready: bool = False
-    moved_s: float = field(default_factory=time.monotonic)
-    """When it was last seen to make progress."""
-    kill_at_s: float | None = None
-
-    @property
-    def owner(self) -> str:
-        return f"{self.seat.rank}.{self.incarnation}"
 
 
 class Supervisor:
@@ -100,17 +65,20 @@ class Supervisor:
         on_tick: Callable[[Mapping[str, Beat]], None] | None = None,
         keep_fds: tuple[int, ...] = (),
         parent_pid: int | None = None,
+        owns_process: bool = False,
     ) -> None:
         """
         Args:
             keep_fds: descriptors that workers inherit (the run's lock lives as long as they do).
             parent_pid: drain when this process, our parent, dies.
+            owns_process: this process has no other children than the workers, so what they leave
+                behind may be adopted by it, and ended.
         """
         self._paths, self._launch, self._logs = paths, launch, logs
         self._num_chunks, self._max_restarts = num_chunks, max_restarts
         self._on_event, self._on_tick, self._keep_fds = on_event, on_tick, keep_fds
         self._store = ClaimStore(paths.claims)
-        self._running: dict[int, _Process] = {}
+        self._running: dict[int, WorkerProcess] = {}
         self._deaths: dict[int, int] = {seat.rank: 0 for seat in seats}
         self._incarnations: dict[int, int] = {seat.rank: 0 for seat in seats}
         self._seats = seats
@@ -118,7 +86,9 @@ class Supervisor:
         self._error: RagfleetError | None = None
         self._deadline_s: float | None = None
         self._signalled_s: float | None = None
+        self._awake = AwakeTime(TICK_S, time.monotonic())
         self._parent_pid = parent_pid
+        self._orphanage = Orphanage() if owns_process else None
 
     # ---- the loop
 
@@ -130,7 +100,7 @@ class Supervisor:
             WorkersFailed: no worker of the launch is left.
             RagfleetError: what a worker found that stops the whole run.
         """
-        with _Signals(self._on_signal) as signals, _ParentWatch(self._parent_pid) as parent:
+        with Signals(self._on_signal) as signals, ParentWatch(self._parent_pid) as parent:
             if signals.fd is not None:
                 self._selector.register(signals.fd, selectors.EVENT_READ, signals.read)
             if parent is not None:
@@ -145,11 +115,20 @@ class Supervisor:
                         key.data()
                     self._reap()
                     self._tick()
+            except OSError as error:
+                where = f" {error.filename}" if error.filename else ""
+                self._error = self._error or RunError(
+                    f"Can't go on with workers{where}: {error.strerror or error}."
+                )
             finally:
-                for process in list(self._running.values()):
-                    self._end(process)
+                for process in self._running.values():
+                    process.kill()
+                for process in self._running.values():
+                    process.end()
                     self._forget(process)
                 self._selector.close()
+                if self._orphanage is not None:
+                    self._orphanage.end()
         if self._error is not None:
             raise self._error
 
@@ -160,8 +139,8 @@ class Supervisor:
             return True
         if len(self._gave_up()) >= self._launch.num_started:
             self._error = WorkersFailed(
-                f"No worker is left. Each died more than {self._max_restarts} times in a row; the"
-                f" logs say why: {self._logs}"
+                f"No worker is left. Each died more than {self._max_restarts} times in a row, or"
+                f" can't be ended; the logs say why: {self._logs}"
             )
             return True
         return False
@@ -176,16 +155,16 @@ class Supervisor:
     def _tick(self) -> None:
         now_s = time.monotonic()
         beats = read_beats(self._paths.beats)
+        self._awake.look(now_s)
         for process in list(self._running.values()):
-            beat = beats.get(process.owner)
-            if beat is not None and (
-                process.beat is None or beat.sequence != process.beat.sequence
-            ):
-                if process.beat is None or _progress(beat) != _progress(process.beat):
-                    process.moved_s = now_s
-                process.beat, process.beat_seen_s = beat, now_s
+            if process.owner in beats:
+                process.life.observe(beats[process.owner], now_s)
             self._end_if_blocked(process, now_s)
             self._end_if_stalled(process, now_s)
+            if process.life.has_left_for(_LEAVE_S, now_s):
+                process.kill()  # a thread that somebody started keeps it
+            if process.killed_s is not None and now_s > process.killed_s + DEATH_S:
+                self._abandon(process)
         if self._on_tick is not None:
             self._on_tick(beats)
         self._obey_stop_file()
@@ -194,79 +173,72 @@ class Supervisor:
             self._deadline_s = now_s + DRAIN_S
         if self._deadline_s is not None and now_s > self._deadline_s:
             for process in self._running.values():
-                _kill_group(process.popen.pid)
+                process.kill()
 
     # ---- workers
 
     def _spawn(self, seat: Seat) -> None:
         incarnation = self._incarnations[seat.rank]
         self._incarnations[seat.rank] += 1
-        read_fd, write_fd = os.pipe2(os.O_CLOEXEC)
-        # This tree's package, and not one from the working directory or another installation.
-        source = str(Path(ragfleet.__file__).parent.parent)
-        path = os.pathsep.join(filter(None, (source, seat.environment.get("PYTHONPATH"))))
-        numbers = (seat.rank, incarnation, seat.num_gpus, seat.num_threads, os.getpid(), write_fd)
-        command = [sys.executable, "-P", "-m", "ragfleet.worker_main", str(self._paths.directory)]
-        with open(self._logs / f"worker_{seat.rank}.log", "ab") as log:
-            popen = subprocess.Popen(
-                command + [str(number) for number in numbers],
-                env={
-                    **seat.environment,
-                    "PYTHONPATH": path,
-                    VARIABLE: tag(self._launch.launch_id, f"{seat.rank}.{incarnation}"),
-                },
-                umask=0o077 if self._launch.private else -1,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                pass_fds=(write_fd, *self._keep_fds),
-                start_new_session=True,
-            )
-        os.close(write_fd)
-        pidfd = os.pidfd_open(popen.pid) if hasattr(os, "pidfd_open") else None
-        process = _Process(seat, incarnation, popen, EventReader(read_fd), pidfd)
+        self._logs.mkdir(parents=True, exist_ok=True)
+        process = WorkerProcess(
+            seat,
+            incarnation,
+            self._paths,
+            self._launch.launch_id,
+            log=self._log_of(seat.rank),
+            keep_fds=self._keep_fds,
+            private=self._launch.private,
+        )
         self._running[seat.rank] = process
-        self._selector.register(read_fd, selectors.EVENT_READ, lambda: self._read_events(process))
-        if pidfd is not None:
-            self._selector.register(pidfd, selectors.EVENT_READ, lambda: None)  # wakes `_reap`
+        self._selector.register(
+            process.events_fd, selectors.EVENT_READ, lambda: self._read_events(process)
+        )
+        if process.pidfd is not None:
+            self._selector.register(process.pidfd, selectors.EVENT_READ, lambda: None)  # `_reap`
 
-    def _read_events(self, process: _Process) -> None:
-        events = process.events.read()
-        if events is None:
-            self._selector.unregister(process.events.fd)
-            return
-        for event in events:
-            if event.kind == "ready":
-                process.ready, process.moved_s = True, time.monotonic()
-                process.blocked_after_s = event.data.get("blocked_after_s")
-            if event.kind == "fatal":
-                self._stop(_error_from(event.data.get("error", ""), event.message))
-            else:
-                self._on_event(event)
+    def _log_of(self, rank: int) -> Path:
+        return self._logs / f"worker_{rank}.log"
+
+    def _read_events(self, process: WorkerProcess) -> None:
+        """Pass on all that a worker has said."""
+        while (events := process.read_events()) is not None:
+            for event in events:
+                if event.kind == "ready":
+                    process.life.become_ready(time.monotonic(), event.data.get("blocked_after_s"))
+                if event.kind == "fatal":
+                    self._stop(_error_from(event.data.get("error", ""), event.message))
+                else:
+                    self._on_event(event)
+        if process.is_silent and process.events_fd in self._selector.get_map():
+            self._selector.unregister(process.events_fd)
 
     def _reap(self) -> None:
         """Notice workers that ended, and end whatever they left behind."""
         for process in list(self._running.values()):
-            flags = os.WEXITED | os.WNOWAIT | os.WNOHANG
-            if os.waitid(os.P_PID, process.popen.pid, flags) is None:
+            if not process.has_ended():
                 continue
-            code = self._end(process)
-            while process.events.fd in self._selector.get_map():
-                self._read_events(process)
+            code = process.end()
+            del self._running[process.seat.rank]  # its number means nothing any more
+            self._read_events(process)
             self._forget(process)
+            if self._orphanage is not None and not self._running:
+                self._orphanage.end()  # a GPU it holds is missing when the next worker loads
             in_flight = read_journal(self._paths.journals / process.owner)
             if code != 0 and not process.timed_out and self._error is None:
                 self._store.record_death(process.owner, in_flight)
             self._store.bury(process.owner)
             # Exit code 0 too: a signal from outside, or a user's os._exit, is no reason to wait.
             if self._error is None and not self._all_done():
-                self._replace(process, code)
+                self._replace(process, code or 0)
+        if self._orphanage is not None:
+            self._orphanage.reap({process.pid for process in self._running.values()})
 
-    def _replace(self, process: _Process, code: int) -> None:
+    def _replace(self, process: WorkerProcess, code: int) -> None:
         rank = process.seat.rank
-        log = self._logs / f"worker_{rank}.log"
-        finished = process.beat.succeeded + process.beat.failed if process.beat else 0
-        if process.timed_out and process.beat is not None and process.beat.succeeded:
+        log, beat = self._log_of(rank), process.life.beat
+        finished = beat.succeeded + beat.failed if beat else 0
+        if process.timed_out and beat is not None and beat.succeeded:
             self._spawn(process.seat)  # one request hung, and others did not
             return
         how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
@@ -288,13 +260,12 @@ class Supervisor:
             )
             self._spawn(process.seat)
             return
-        (self._paths.directory / f"gave_up.{rank}").touch()
-        self._store.give_up(rank)
+        self._give_up(rank)
         self._on_event(
             Event("gave_up", f"worker {rank} died ({how}) and is given up. Its log: {log}", rank)
         )
 
-    def _was_trial(self, process: _Process) -> bool:
+    def _was_trial(self, process: WorkerProcess) -> bool:
         """Whether all it had in flight were suspects already: such a death narrows them down."""
         board = Board(slices=(), costs=())
         self._store.refresh(board)
@@ -302,71 +273,71 @@ class Supervisor:
         before = Suspicion.of(board.deaths.values())
         return bool(rows) and all(before.is_suspect(row) for row in rows)
 
-    def _forget(self, process: _Process) -> None:
-        for fd in (process.pidfd, process.events.fd):
-            if fd is not None:
-                if fd in self._selector.get_map():
-                    self._selector.unregister(fd)
-                os.close(fd)
-        self._running.pop(process.seat.rank, None)
+    def _forget(self, process: WorkerProcess) -> None:
+        for fd in (process.pidfd, process.events_fd):
+            if fd is not None and fd in self._selector.get_map():
+                self._selector.unregister(fd)
+        process.close()
 
-    def _end(self, process: _Process) -> int:
-        """End a worker, its group and whoever left the group; the worker's exit code."""
-        _kill_group(process.popen.pid)  # not reaped yet, so its number still names its group
-        code = process.popen.wait()
-        end_tagged(tag(self._launch.launch_id, process.owner))
-        return code
-
-    def _end_if_blocked(self, process: _Process, now_s: float) -> None:
-        """End a request that blocks its engine, with the worker; it fails when claimed again."""
-        limit_s, beat = process.blocked_after_s, process.beat
-        if limit_s is None or beat is None or beat.oldest_row is None:
-            return
-        age_s = beat.oldest_s + (now_s - process.beat_seen_s)
-        if age_s > limit_s + _TIMEOUT_GRACE_S and not process.timed_out:
-            process.timed_out = True
-            self._store.time_out(beat.oldest_row)
-            self._on_event(
-                Event(
-                    "note",
-                    f"worker {process.seat.rank}: a request took longer than {limit_s:g} s"
-                    " (--request_timeout_s); it fails, and the worker is restarted",
-                    process.seat.rank,
-                )
+    def _abandon(self, process: WorkerProcess) -> None:
+        """Go on without a worker that hangs in the kernel; others take over what it held."""
+        rank = process.seat.rank
+        self._on_event(
+            Event(
+                "gave_up",
+                f"worker {rank} (process {process.pid}) can't be ended, it hangs in the"
+                " system; it is left behind, and no other takes its place",
+                rank,
             )
-            _kill_group(process.popen.pid)
+        )
+        del self._running[rank]
+        self._forget(process)
+        self._store.record_death(process.owner, read_journal(self._paths.journals / process.owner))
+        self._store.bury(process.owner)
+        self._give_up(rank)
 
-    def _end_if_stalled(self, process: _Process, now_s: float) -> None:
+    def _give_up(self, rank: int) -> None:
+        (self._paths.directory / f"gave_up.{rank}").touch()
+        self._store.give_up(rank)
+
+    def _end_if_blocked(self, process: WorkerProcess, now_s: float) -> None:
+        """End a request that blocks its engine, with the worker; it fails when claimed again."""
+        row = process.life.blocking_row(now_s, self._awake)
+        if row is None or process.timed_out:
+            return
+        process.timed_out = True
+        self._store.time_out(row)
+        self._on_event(
+            Event(
+                "note",
+                f"worker {process.seat.rank}: a request took longer than"
+                f" {process.life.blocked_after_s:g} s (--request_timeout_s); it fails, and the"
+                " worker is restarted",
+                process.seat.rank,
+            )
+        )
+        process.kill()
+
+    def _end_if_stalled(self, process: WorkerProcess, now_s: float) -> None:
         """Restart a worker that loads, or is silent, or makes no progress, for too long."""
         if process.kill_at_s is not None:
             if now_s > process.kill_at_s:
-                _kill_group(process.popen.pid)
+                process.kill()
             return
-        beat, silent_s = process.beat, now_s - process.beat_seen_s
-        stuck_s = now_s - process.moved_s
-        limit_s = self._launch.stall_timeout_s
-        if process.blocked_after_s is not None:  # a user's code has its own, longer limit
-            limit_s = max(limit_s, process.blocked_after_s + 2 * _TIMEOUT_GRACE_S)
-        if not process.ready:
-            what, is_stalled = "is loading", stuck_s > self._launch.start_timeout_s
-        elif beat is not None and (beat.in_flight or beat.state == "generating"):
-            # Nothing in flight while generating: it reads or renders, where templates and a user's
-            # create_prompt may hang; one with nothing to do is "waiting".
-            what, is_stalled = "makes no progress", stuck_s > limit_s
-        else:
-            what, is_stalled = "gives no sign of life", silent_s > limit_s
-        if is_stalled:
-            stuck_s = max(stuck_s, silent_s) if process.ready else stuck_s
+        what = process.life.standstill(
+            now_s, self._awake, self._launch.start_timeout_s, self._launch.stall_timeout_s
+        )
+        if what is not None:
             self._on_event(
                 Event(
                     "note",
-                    f"worker {process.seat.rank} {what} for {stuck_s:.0f} s; its stacks go to its"
-                    " log, and it is restarted",
+                    f"worker {process.seat.rank} {what}; its stacks go to its log, and it is"
+                    " restarted",
                     process.seat.rank,
                 )
             )
             process.kill_at_s = now_s + _DUMP_S
-            process.popen.send_signal(signal.SIGQUIT)
+            process.send(signal.SIGQUIT)
 
     # ---- stopping
 
@@ -394,19 +365,23 @@ class Supervisor:
     def _drain(self, seconds: float) -> None:
         self._deadline_s = time.monotonic() + seconds
         for process in self._running.values():
-            # Popen.send_signal would reap a worker that has just ended, behind `_reap`'s back.
-            os.kill(process.popen.pid, signal.SIGTERM)
+            if process.life.ready:
+                process.send(signal.SIGTERM)
+            else:
+                process.kill()  # it has nothing to finish, and loading can take minutes
 
     def _on_signal(self, number: int) -> None:
         now_s = time.monotonic()
         if self._signalled_s is None:
             self._signalled_s = now_s
-            in_flight = sum(p.beat.in_flight for p in self._running.values() if p.beat)
+            beats = (process.life.beat for process in self._running.values())
+            in_flight = sum(beat.in_flight for beat in beats if beat is not None)
             self._on_event(
                 Event(
                     "interrupting",
                     f"{signal.Signals(number).name}: no new requests; up to {DRAIN_S:.0f} s for the"
-                    f" {in_flight} in flight. Ctrl-C again drops them.",
+                    f" {in_flight} in flight. Ctrl-C again, after"
+                    f" {_FORCE_AFTER_S:.0f} s, drops them.",
                 )
             )
             self._stop(Interrupted("interrupted", number))
@@ -418,67 +393,8 @@ class Supervisor:
             self._on_signal(signal.SIGTERM)
 
 
-def _progress(beat: Beat) -> tuple[object, ...]:
-    return beat.progress, beat.succeeded, beat.failed, beat.in_flight, beat.chunk, beat.state
-
-
 def _error_from(name: str, message: str) -> RagfleetError:
     kind = getattr(errors, name, RunError)
     if isinstance(kind, type) and issubclass(kind, RagfleetError) and kind is not Interrupted:
         return kind(message)
     return RunError(message)
-
-
-def _kill_group(pid: int) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(pid, signal.SIGKILL)
-
-
-class _Signals:
-    """Turns signals into readable bytes while a run goes on; what nohup ignores stays ignored."""
-
-    def __init__(self, on_signal: Callable[[int], None]) -> None:
-        self._on_signal = on_signal
-        self._old: dict[int, Any] = {}
-        self.fd: int | None = None
-
-    def __enter__(self) -> _Signals:
-        if threading.current_thread() is not threading.main_thread():
-            return self  # Python delivers signals to the main thread alone
-        self.fd, self._write_fd = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-        for number in _SIGNALS:
-            if signal.getsignal(number) is not signal.SIG_IGN:
-                self._old[number] = signal.signal(number, self._handle)
-        return self
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        os.write(self._write_fd, bytes([number]))
-
-    def read(self) -> None:
-        assert self.fd is not None
-        for number in os.read(self.fd, 64):
-            self._on_signal(number)
-
-    def __exit__(self, *exception: object) -> None:
-        for number, old in self._old.items():
-            signal.signal(number, old)
-        if self.fd is not None:
-            os.close(self.fd)
-            os.close(self._write_fd)
-
-
-class _ParentWatch:
-    """A handle of the parent process, readable when it has died; None where there are none."""
-
-    def __init__(self, pid: int | None) -> None:
-        self._fd: int | None = None
-        if pid is not None and hasattr(os, "pidfd_open"):
-            with contextlib.suppress(ProcessLookupError):
-                self._fd = os.pidfd_open(pid)
-
-    def __enter__(self) -> int | None:
-        return self._fd
-
-    def __exit__(self, *exception: object) -> None:
-        if self._fd is not None:
-            os.close(self._fd)

@@ -1,0 +1,72 @@
+"""Files of earlier starts: what is refused, what is removed, what is moved out of the way."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from pathlib import Path
+
+from ragfleet.errors import OutputError
+from ragfleet.identity import check_same_run, check_truncation
+from ragfleet.launch import RunPaths
+from ragfleet.preparation import Preparation
+from ragfleet.shards import list_shards, partial_path
+
+
+def check_output(preparation: Preparation, num_answers: int) -> None:
+    """Refuse an output that belongs to something else; `num_answers` stand in its shards."""
+    paths, run_file, config = preparation.paths, preparation.run_file, preparation.config
+    if run_file is None:
+        if paths.output_file.exists() and not num_answers:
+            raise OutputError(
+                f"{paths.output_file} exists, and no run of ragfleet made it. Take another"
+                " --output_file, or --overwrite, which moves it to"
+                f" {paths.output_file.stem}.bak-<time>."
+            )
+        return
+    if run_file.output_name not in ("", paths.output_file.name):
+        raise OutputError(
+            f"{paths.directory} belongs to {run_file.output_name}; two outputs whose names"
+            " differ only in their ending can't share it. Take another --output_file."
+        )
+    if not num_answers and run_file.merged is None:
+        return  # nothing depends on the earlier start's settings
+    check_same_run(run_file, preparation.identity, paths.output_file, num_answers)
+    truncation = [config.truncate_context, config.max_model_len]
+    check_truncation(run_file, truncation, paths.output_file)
+
+
+def remove_old_launches(paths: RunPaths) -> None:
+    """Nothing of an earlier start runs any more: the lock says so."""
+    for torn in paths.output_file.parent.glob(f".{paths.output_file.name}.*.tmp"):
+        torn.unlink(missing_ok=True)
+    shutil.rmtree(paths.launches, ignore_errors=True)
+    paths.launches.mkdir(parents=True, exist_ok=True)
+
+
+def move_away(paths: RunPaths, private: bool) -> None:
+    """--overwrite: everything of the earlier run into one folder, so that one `mv` undoes it."""
+    output = paths.output_file
+    old = [output, partial_path(output), *list_shards(output)]
+    old = [path for path in old if path.exists()]
+    inside = [path for path in paths.directory.iterdir() if path != paths.lock]
+    if not old and not inside:
+        return
+    backup = output.with_name(backup_name(output).stem)
+    backup.mkdir(mode=0o700 if private else 0o777)
+    (backup / paths.directory.name).mkdir()
+    for path in old:
+        path.rename(backup / path.name)
+    for path in inside:
+        path.rename(backup / paths.directory.name / path.name)
+
+
+def backup_name(output: Path) -> Path:
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    number = 0
+    while True:
+        suffix = f"-{number}" if number else ""
+        name = output.with_name(f"{output.stem}.bak-{stamp}{suffix}{output.suffix}")
+        if not name.exists() and not name.with_name(name.stem).exists():
+            return name
+        number += 1

@@ -15,8 +15,8 @@ process of its own with the same threads and model, answer these ids in turn:
   ours on vLLM           the same on vLLM
 
 Loading is not counted, prefix caches are emptied before each pass, arms take turns in a round.
-naive and static answer a part of the requests, and their time is scaled to all by tokens (one of an
-answer counts 20 times, about what it costs them). `floor` is the arithmetic that the prompts need,
+naive and static answer a part of the requests, naive another one in each round, and their time is
+scaled to all by tokens (one of an answer counts 20 times, about what it costs them). `floor` is the arithmetic that the prompts need,
 each shared token read once, at the speed of this machine's own matrix product, measured first; `%
 of floor` is that over an arm's time. `identical` compares greedy answers, token for token, with
 naive's; seeded ones with those of vLLM in file order. Arms on vLLM need the interpreter of an
@@ -124,7 +124,7 @@ def make_work(row: Row, args: argparse.Namespace, model_dir: Path, folder: Path)
         "dedup": [place[request.key] for request in once],
         "best": [place[request.key] for request in grouped(once)],
         "planned": planned(records, spec, folder),
-        "sample": list(range(0, len(requests), args.naive_every)),
+        "sample": list(range(len(requests))),
         "batches": [place[r.key] for batch in batches[:: args.static_every] for r in batch],
     }
     longest = max(len(request.token_ids) for request in requests) + spec.max_new_tokens
@@ -324,6 +324,8 @@ def measure_row(
             if number and process_name in ("naive", "static") and args.quick:
                 continue
             order = work.orders[order_name]
+            if order_name == "sample":  # another part each round: after n rounds it was all
+                order = order[number % args.naive_every :: args.naive_every]
             result = processes[process_name].answer(work, spec, order)
             scale = 1.0
             if process_name in ("naive", "static"):

@@ -224,16 +224,19 @@ class Ours(Arm):
         return [answers[number.to_bytes(16, "big")] for number in range(len(ids))]
 
     def forget(self) -> None:
-        llm = getattr(self._engine(), "_llm", None)
-        if llm is not None:
-            assert llm.reset_prefix_cache()
+        engine = self._engine()
+        if self.settings["arm"] == "ours on vLLM":
+            assert engine._llm.reset_prefix_cache()
+        else:
+            assert not engine._loop._scheduler.take_back(), "something was still running"
 
 
 def prefilled_of(engine: Any) -> int | None:
     """Prompt tokens computed since the start, where the engine counts them."""
     if hasattr(engine, "num_cached_tokens"):
         return int(engine.num_prompt_tokens - engine.num_cached_tokens)
-    return None
+    scheduler = getattr(engine._loop, "_scheduler", None)
+    return None if scheduler is None else int(scheduler.read_tokens)
 
 
 ARMS: dict[str, Callable[[dict[str, Any]], Arm]] = {

@@ -14,7 +14,7 @@ from driving import Make, ask, drive
 
 from models import Reference, changed_copy, make_model
 from ragfleet.engines.protocol import Completion, Engine, Failure, Prepared
-from ragfleet.engines.shared_prefix import attention, loop, packing
+from ragfleet.engines.shared_prefix import attention, heap, loop, packing
 from ragfleet.engines.shared_prefix.cache import Shape, limits_within
 from ragfleet.engines.shared_prefix.loop import SharedPrefixLoop
 from ragfleet.engines.shared_prefix.scheduler import Scheduler
@@ -437,6 +437,11 @@ def test_without_packing_it_says_so(start: Make, monkeypatch: pytest.MonkeyPatch
     engine = start()
     assert any("weights are not packed" in note for note in engine.start().notes)
     assert len(answer(engine, prompt_sets()["no head"])) == 9
+
+
+def test_without_glibc_it_says_so(start: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(heap.ctypes, "CDLL", lambda _: object())
+    assert any("mapped anew in every pass" in note for note in start().start().notes)
 
 
 def test_weights_come_back_bit_by_bit(small_model: Path) -> None:

@@ -24,6 +24,7 @@ from ragfleet.engines.shared_prefix.cache import (
     limits_within,
 )
 from ragfleet.engines.shared_prefix.forward import Forward
+from ragfleet.engines.shared_prefix.heap import keep_freed_memory
 from ragfleet.engines.shared_prefix.passes import TensorPass
 from ragfleet.engines.shared_prefix.scheduler import Limits, Scheduler
 from ragfleet.engines.shared_prefix.support import Unsupported, ready
@@ -70,6 +71,7 @@ class SharedPrefixLoop:
         self._last_tokens: dict[int, int] = {}
         self._num_failures = 0
         self._timeout_s = spec.request_timeout_s or math.inf
+        self._why_not_kept = keep_freed_memory()
         self.batch_size = limits.num_slots
 
     @property
@@ -82,6 +84,8 @@ class SharedPrefixLoop:
         ]
         if self._forward.why_not_packed is not None:
             notes.append(f"the weights are not packed: {self._forward.why_not_packed}")
+        if self._why_not_kept is not None:
+            notes.append(f"memory is mapped anew in every pass: {self._why_not_kept}")
         return notes
 
     def refusal(self, prepared: Prepared) -> Failure | None:

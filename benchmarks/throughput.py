@@ -16,11 +16,13 @@ process of its own with the same threads and model, answer these ids in turn:
 
 Loading is not counted, prefix caches are emptied before each pass, arms take turns in a round.
 naive and static answer a part of the requests, naive another one in each round, and their time is
-scaled to all by tokens (one of an answer counts 20 times, about what it costs them). `floor` is the arithmetic that the prompts need,
-each shared token read once, at the speed of this machine's own matrix product, measured first; `%
-of floor` is that over an arm's time. `identical` compares greedy answers, token for token, with
-naive's; seeded ones with those of vLLM in file order. Arms on vLLM need the interpreter of an
-environment that has it: `make test-vllm` makes .venv-vllm.
+scaled to all by tokens (one of an answer counts 20 times, about what it costs them); they are asked
+in the rows `shared` and `unshared` only, for other rows have the same requests in another order or
+sampled ones. `floor` is the arithmetic that the prompts need, each shared token read once, at the
+speed of this machine's own matrix product, measured first; `% of floor` is that over an arm's time.
+`identical` compares greedy answers, token for token, with naive's; seeded ones with those of vLLM
+in file order. Arms on vLLM need the interpreter of an environment that has it: `make test-vllm`
+makes .venv-vllm.
 """
 
 from __future__ import annotations
@@ -93,6 +95,8 @@ ARMS: Final = {  # arm → (its process, the order it answers in)
 }
 DEDUP_ROWS: Final = ("shared", "little cache")
 """Where the gains of dedup and of order are shown apart; elsewhere one of the two is nothing."""
+PLAIN_ROWS: Final = ("shared", "unshared")
+"""Where naive and static are asked."""
 
 
 # ---- the work
@@ -294,8 +298,8 @@ def measure_row(
     spec = row.spec
     work = make_work(row, args, model_dir, folder)
     arms = [arm for arm in args.arms if arm != "raw vLLM: dedup" or name in DEDUP_ROWS]
-    if spec.temperature:
-        arms = [arm for arm in arms if arm != "static"]
+    if name not in PLAIN_ROWS:
+        arms = [arm for arm in arms if arm not in ("naive", "static")]
     settings = {
         "model": str(model_dir),
         "threads": args.threads,
@@ -340,22 +344,28 @@ def measure_row(
     return work, found
 
 
-def identical(found: dict[str, Measured], arm: str, spec: WorkloadSpec) -> str:
-    """With naive; where draws are seeded, of the arms on vLLM with each other."""
-    reference = "naive"
+def identical(
+    found: dict[str, Measured], arm: str, spec: WorkloadSpec, naive: dict[bytes, list[int]]
+) -> str:
+    """With naive's answers; where draws are seeded, of the arms on vLLM with each other."""
+    expected = naive
     if spec.temperature:
-        if spec.seed is None or "vLLM" not in arm:
+        if spec.seed is None or "vLLM" not in arm or "raw vLLM: file" not in found:
             return "-"
-        reference = "raw vLLM: file"
-    if reference not in found:
+        expected = found["raw vLLM: file"].answers
+    answers = found[arm].answers
+    if not expected:
         return "-"
-    expected, answers = found[reference].answers, found[arm].answers
     common = expected.keys() & answers.keys()
     return f"{sum(expected[key] == answers[key] for key in common)}/{len(common)}"
 
 
 def report(
-    name: str, work: Work, found: dict[str, Measured], floor_s: float
+    name: str,
+    work: Work,
+    found: dict[str, Measured],
+    floor_s: float,
+    naive: dict[bytes, list[int]],
 ) -> list[dict[str, Any]]:
     """Print one row's table, and return it. Ratios are medians of the rounds' own ratios."""
     spec = ROWS[name].spec
@@ -377,7 +387,7 @@ def report(
             "x_raw_file": ratio(found, "raw vLLM: file", arm),
             "prefilled_tokens": measured.prefilled,
             "floor_share": floor_s / statistics.median(measured.seconds),
-            "identical": identical(found, arm, spec),
+            "identical": identical(found, arm, spec, naive),
         }
         lines.append(line)
         prefilled = "-" if measured.prefilled is None else f"{measured.prefilled:,}"
@@ -454,20 +464,20 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--quick", action="store_true", help="a fifth of the records, one round")
+    parser.add_argument("--quick", action="store_true", help="a seventh of the records, one round")
     parser.add_argument("--vllm_python", help="interpreter of an environment with vLLM")
     parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS))
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
     parser.add_argument("--arch", choices=list(ARCHITECTURES), default="llama")
     parser.add_argument("--rounds", type=int, help="default 3, with --quick 1")
-    parser.add_argument("--fraction", type=float, help="of the records; default 1, --quick 0.2")
+    parser.add_argument("--fraction", type=float, help="of the records; default 1, --quick 0.15")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--naive_every", type=int, default=8, help="naive takes each n-th record")
     parser.add_argument("--static_every", type=int, default=3, help="static takes each n-th batch")
     parser.add_argument("--json", type=Path, help="also write what was measured here")
     args = parser.parse_args()
     args.rounds = args.rounds or (1 if args.quick else 3)
-    scaled(args.fraction or (0.2 if args.quick else 1.0))
+    scaled(args.fraction or (0.15 if args.quick else 1.0))
     if args.vllm_python is None and any("vLLM" in arm for arm in args.arms):
         print("vLLM's arms are left out: --vllm_python names no environment with vLLM")
         args.arms = [arm for arm in args.arms if "vLLM" not in arm]
@@ -479,6 +489,7 @@ def main() -> None:
     model_dir = make_model(args.arch, MODELS)
     processes: dict[str, ArmProcess] = {}
     lines: list[dict[str, Any]] = []
+    naive_answers: dict[bytes, list[int]] = {}
     with tempfile.TemporaryDirectory() as name, closing_all(processes):
         folder = Path(name)
         (folder / "limits.json").write_text(json.dumps({"threads": args.threads}))
@@ -494,7 +505,9 @@ def main() -> None:
         for row in args.rows:
             work, found = measure_row(row, args, model_dir, processes, folder)
             floor_s = floor_seconds(work, ROWS[row].spec, model_dir, limits)
-            lines += report(row, work, found, floor_s)
+            if "naive" in found:
+                naive_answers |= found["naive"].answers
+            lines += report(row, work, found, floor_s, naive_answers)
     if args.json:
         args.json.write_text(json.dumps({**facts, "lines": lines}, indent=1) + "\n")
 

@@ -58,6 +58,8 @@ class Beat(msgspec.Struct, kw_only=True):
     completion_tokens: int = 0
     uncounted: int = 0
     """Answers whose engine did not say how many prompt tokens were cached."""
+    degraded: str | None = None
+    """Why the engine works slower than it could."""
     oldest_s: float = 0.0
     """Age of the oldest request in flight."""
     oldest_row: int | None = None

@@ -32,6 +32,7 @@ class Counters:
     cached_tokens: int = 0
     completion_tokens: int = 0
     uncounted: int = 0
+    degraded: str | None = None
     chunk: int | None = None
     generations: dict[int, int] = field(default_factory=dict)
     """Generation of the claim on each chunk this worker has open."""
@@ -115,6 +116,7 @@ class Pulse:
             cached_tokens=counters.cached_tokens,
             completion_tokens=counters.completion_tokens,
             uncounted=counters.uncounted,
+            degraded=counters.degraded,
             oldest_s=time.monotonic() - started_s if in_flight else 0.0,
             oldest_row=row if in_flight else None,
         )

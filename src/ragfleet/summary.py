@@ -77,6 +77,8 @@ class Generation:
     """Of them, those whose prefill was there already."""
     uncounted: int = 0
     """Answers whose engine did not say."""
+    degraded: list[str] = field(default_factory=list)
+    """Why engines worked slower than they could, each reason once."""
 
     @property
     def lower_bound_s(self) -> float:
@@ -95,6 +97,8 @@ def generation_of(beats: Iterable[Beat]) -> Generation:
         generation.prompt_tokens += beat.prompt_tokens
         generation.cached_tokens += beat.cached_tokens
         generation.uncounted += beat.uncounted
+        if beat.degraded is not None and beat.degraded not in generation.degraded:
+            generation.degraded.append(beat.degraded)
     generation.num_workers = len(ranks)
     return generation
 

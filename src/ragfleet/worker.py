@@ -96,6 +96,7 @@ class Worker:
             self.timeout_s = _BLOCKING_TIMEOUT_S
         limit_s = self.timeout_s if info.may_block else None
         self.held.order = info.order
+        self.counters.degraded = info.degraded
         self.events.send("ready", info.name, notes=list(info.notes), blocked_after_s=limit_s)
         self.held.refresh()
         ready_s = time.monotonic()

@@ -251,9 +251,11 @@ def test_models_that_are_left_to_plain_batches(
     engine = start(model_dir=model, max_new_tokens=NEW)
     assert isinstance(engine, TransformersEngine)
     assert not isinstance(engine._loop, SharedPrefixLoop)
-    notes = " ".join(engine.start().notes)
-    assert "plain batches, in which prompts share nothing: " in notes
-    assert reason in notes
+    info = engine.start()
+    assert info.degraded is not None
+    assert info.degraded.startswith("plain batches, in which prompts share nothing: ")
+    assert reason in info.degraded
+    assert info.degraded in info.notes
     prompts = prompt_sets()["groups with a head"][:3]
     reference = Reference(model)
     for prompt, found in zip(prompts, answer(engine, prompts), strict=True):

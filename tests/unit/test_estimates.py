@@ -9,6 +9,7 @@ import random
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -248,6 +249,7 @@ def test_the_figures_of_all_workers_are_put_together() -> None:
         Beat(owner="1.0", sequence=9, busy_s=1.0, span_s=2.0, prompt_tokens=1, uncounted=1),
         Beat(owner="1.1", sequence=9, busy_s=2.0, span_s=2.5, prompt_tokens=5, cached_tokens=1),
     ]
+    beats = [msgspec.structs.replace(beat, degraded="slow") for beat in beats]
     found = generation_of(beats)
     assert found == Generation(
         num_workers=2,
@@ -256,6 +258,7 @@ def test_the_figures_of_all_workers_are_put_together() -> None:
         prompt_tokens=16,
         cached_tokens=7,
         uncounted=1,
+        degraded=["slow"],
     )
     assert found.lower_bound_s == 3.0, "a worker's two processes are one worker"
     assert generation_of([]).lower_bound_s == 0.0

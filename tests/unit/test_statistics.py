@@ -189,9 +189,12 @@ def test_what_came_true_of_the_plan() -> None:
         "Generation: 102.0s, 2.0% above the bound of 100.0s (had its 4 workers never been idle)"
         in lines
     )
-    done.uncounted = 1
+    assert "Degraded" not in "\n".join(lines)
+    done.uncounted, done.degraded = 1, ["plain batches: MLA\x1b[2J"]
     text = overall_block(summary_of(statistics, prefill=planned, generation=done))
     assert "221,000 prompt tokens; how many were computed, the engine does not say" in text
+    assert "\nDegraded: plain batches: MLA" in text
+    assert "\x1b" not in text
     text = overall_block(summary_of(statistics, generation=Generation()))
     assert "Prefill" not in text
     assert "Generation" not in text

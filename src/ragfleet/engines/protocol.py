@@ -112,6 +112,8 @@ class EngineInfo:
     """What is in flight goes on elsewhere when this process leaves, and is found again."""
     notes: tuple[str, ...] = ()
     """Lines for the log: what degrades, what is not applied."""
+    degraded: str | None = None
+    """Why it works slower than this engine can; also a line of the end statistics."""
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True):

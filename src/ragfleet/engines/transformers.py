@@ -62,7 +62,7 @@ class TransformersEngine:
             stops += PLAIN_STOP
             notes.append("the model has no chat template: prompts are plain text")
         self._warm_up()
-        self._loop = self._choose_loop(stops, notes)
+        self._loop, degraded = self._choose_loop(stops, notes)
         device = torch.cuda.get_device_name(0) if spec.num_gpus else "cpu"
         return EngineInfo(
             name=f"transformers {transformers.__version__}, {type(self._model).__name__},"
@@ -71,6 +71,7 @@ class TransformersEngine:
             batch_size=self._loop.batch_size,
             order="grouped" if isinstance(self._loop, SharedPrefixLoop) else "by_length",
             notes=(*self._tokenizer.notes, *notes),
+            degraded=degraded,
         )
 
     def _warm_up(self) -> None:
@@ -92,12 +93,12 @@ class TransformersEngine:
 
     def _choose_loop(
         self, stops: tuple[str, ...], notes: list[str]
-    ) -> SharedPrefixLoop | BatchedLoop:
-        """Adds a note that says which, and why."""
+    ) -> tuple[SharedPrefixLoop | BatchedLoop, str | None]:
+        """The loop, and why it is not the one that shares; adds notes."""
         assert self._tokenizer is not None
         plain = BatchedLoop(self._spec, self._model, self._tokenizer, stops, self._on_tokens)
         if not self._spec.prefix_sharing:
-            return plain
+            return plain, None
         try:
             loop = make_loop(
                 self._spec,
@@ -109,10 +110,11 @@ class TransformersEngine:
                 self._on_tokens,
             )
         except Unsupported as error:
-            notes.append(f"plain batches, in which prompts share nothing: {error}")
-            return plain
+            degraded = f"plain batches, in which prompts share nothing: {error}"
+            notes.append(degraded)
+            return plain, degraded
         notes += loop.notes
-        return loop
+        return loop, None
 
     def prepare(self, request: Request) -> Prepared | Failure:
         assert self._tokenizer is not None, "start() comes first"

@@ -88,6 +88,7 @@ def _planned_and_done(summary: RunSummary) -> list[str]:
             f"Prefill: {done.prompt_tokens:,} prompt tokens; how many were computed, the engine"
             f" does not say{planned}"
         )
+    lines += [f"Degraded: {one_line(reason)}" for reason in done.degraded]
     if done.lower_bound_s > 0 and done.num_workers > 1:
         over = done.makespan_s / done.lower_bound_s - 1
         lines.append(

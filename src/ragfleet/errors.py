@@ -20,7 +20,9 @@ A message says what, where and what to do next; the class says which exit code i
 
 from __future__ import annotations
 
+import errno
 import signal as _signal
+from typing import Final
 
 
 class RagfleetError(Exception):
@@ -70,7 +72,11 @@ class RemoteError(RunError):
 
 
 class StorageError(RunError):
-    pass
+    """See `STORAGE_ERRNOS`."""
+
+
+STORAGE_ERRNOS: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+"""What an OSError of full, read-only or broken storage says."""
 
 
 class EngineDead(RagfleetError):
@@ -87,3 +93,20 @@ class Interrupted(RagfleetError):
     @property
     def exit_code(self) -> int:  # type: ignore[override]
         return 128 + self.signal_number
+
+
+def error_named(name: str, message: str) -> RagfleetError:
+    """The error of this module that another process named; RunError where there is none."""
+    kind = globals().get(name, RunError)
+    if isinstance(kind, type) and issubclass(kind, RagfleetError) and kind is not Interrupted:
+        return kind(message)
+    return RunError(message)
+
+
+def cannot_go_on(error: OSError) -> RunError:
+    """What a failing system call in the launcher means for the run."""
+    where = f" {error.filename}" if error.filename else ""
+    kind = StorageError if error.errno in STORAGE_ERRNOS else RunError
+    found = kind(f"Can't go on with workers{where}: {error.strerror or error}.")
+    found.__cause__ = error
+    return found

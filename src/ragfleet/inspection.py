@@ -131,11 +131,15 @@ def status_lines(options: OutputOptions) -> list[str]:
     if run_file.merged is not None:
         same = run_file.merged["digest"] == indexed.digest()
         lines.append("Merged: " + ("complete." if same else "of an earlier selection."))
-    holder = holder_of(paths)
-    if holder is not None:
-        lines.append(f"Running: {holder}.")
-    elif kept < total:
-        lines.append("Nothing runs; the same infer command goes on with it.")
+    try:
+        holder = holder_of(paths)
+    except OSError as error:
+        lines.append(f"Whether it runs can't be told: {paths.lock}: {error.strerror}.")
+    else:
+        if holder is not None:
+            lines.append(f"Running: {holder}.")
+        elif kept < total:
+            lines.append("Nothing runs; the same infer command goes on with it.")
     beats = paths.launch(run_file.selection.launch_id).beats
     if beats.is_dir():
         for owner, beat in sorted(read_beats(beats).items()):

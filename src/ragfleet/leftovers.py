@@ -113,8 +113,10 @@ class Orphanage:
             tried |= found  # one that hangs in a driver is not waited for again
             handles = []
             for pid in found:  # a child's number is not used again before it is waited for
-                os.kill(pid, signal.SIGKILL)
-                handles.append(os.pidfd_open(pid))
+                with contextlib.suppress(OSError):  # another user's, or no such handles here
+                    os.kill(pid, signal.SIGKILL)
+                    if hasattr(os, "pidfd_open"):
+                        handles.append(os.pidfd_open(pid))
             _wait(handles)
             self.reap()
 

@@ -129,7 +129,10 @@ class RunLock:
 
 
 def holder_of(paths: RunPaths) -> str | None:
-    """Who plans, answers or merges there now, for people; None when nobody does."""
+    """Who plans, answers or merges there now, for people; None when nobody does.
+
+    Raises OSError where that can't be told: no locks on this file system, no right to read it.
+    """
     try:
         fd = os.open(paths.lock, os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:
@@ -139,8 +142,6 @@ def holder_of(paths: RunPaths) -> str | None:
     except BlockingIOError:
         first = os.pread(fd, 4000, 0).decode("utf-8", "replace").partition("\n")[0]
         return first.strip() or "a process that is just starting"
-    except OSError:  # a file system without locks
-        return None
     finally:
         os.close(fd)
     return None

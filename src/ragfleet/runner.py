@@ -8,7 +8,6 @@ watch their worker.
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import shutil
 import time
@@ -24,6 +23,7 @@ from ragfleet.beats import Beat, read_beats
 from ragfleet.config import RunConfig
 from ragfleet.earlier_files import backup_name, check_output, move_away, remove_old_launches
 from ragfleet.errors import (
+    STORAGE_ERRNOS,
     Interrupted,
     OutputError,
     RunError,
@@ -64,7 +64,6 @@ from ragfleet.summary import MergeStatistics, RunSummary, generation_of
 
 _ENOUGH: Final = 32
 """Answers whose mean length says something of the others."""
-_STORAGE_ERRORS: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 
 def run(
@@ -125,7 +124,7 @@ class _Run:
         try:
             summary = self.under_lock(paths)
         except OSError as error:
-            if error.errno not in _STORAGE_ERRORS:
+            if error.errno not in STORAGE_ERRNOS:
                 raise
             where = error.filename or paths.directory
             raise StorageError(f"Can't write {where}: {error.strerror}.") from error

@@ -8,6 +8,7 @@ Started by `launchers.supervisor`, in a process group of its own, with its GPUs 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import dataclasses
 import faulthandler
@@ -103,16 +104,19 @@ def main(argv: list[str]) -> int:
 def _exit(code: int) -> NoReturn:
     """At once: a thread that an engine or a user's class left running must not keep a dead worker
     from being replaced."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:  # a log on a full disk
+        os._exit(code)
 
 
 if __name__ == "__main__":
     try:
         exit_code = main(sys.argv[1:])
     except Exception:
-        traceback.print_exc()
+        with contextlib.suppress(OSError):
+            traceback.print_exc()
         _exit(1)
     if exit_code:
         _exit(exit_code)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import signal
 import subprocess
@@ -18,7 +19,7 @@ import pytest
 from ragfleet.errors import OutputError
 from ragfleet.launch import RunPaths
 from ragfleet.leftovers import VARIABLE, Starter, end_tagged, tag
-from ragfleet.run_lock import RunLock
+from ragfleet.run_lock import RunLock, holder_of
 
 
 @pytest.fixture
@@ -181,3 +182,34 @@ def test_the_file_of_an_earlier_version_is_understood(tmp_path: Path) -> None:
     with RunLock(paths, "next") as lock:
         assert lock.ended == []
     assert "pid" in paths.lock.read_text()
+
+
+def test_nobody_is_said_to_be_away_where_locks_cannot_be_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = RunPaths(tmp_path / "out.jsonl")
+    assert holder_of(paths) is None, "no run was ever there"
+    paths.directory.mkdir()
+    paths.lock.touch()
+    assert holder_of(paths) is None
+
+    def no_locks(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("ragfleet.run_lock.fcntl.flock", no_locks)
+    with pytest.raises(OSError, match="No locks available"):
+        holder_of(paths)
+
+
+WITHOUT_HANDLES = """
+import os, subprocess
+del os.pidfd_open
+from ragfleet.leftovers import Orphanage
+child = subprocess.Popen(["sleep", "60"])
+Orphanage().end()
+assert not os.path.exists(f"/proc/{child.pid}") or "Z" in open(f"/proc/{child.pid}/stat").read()
+"""
+
+
+def test_orphans_are_ended_where_there_are_no_process_handles() -> None:
+    subprocess.run([sys.executable, "-c", WITHOUT_HANDLES], check=True, timeout=30)

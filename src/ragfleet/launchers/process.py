@@ -92,7 +92,8 @@ class WorkerProcess:
             os.close(write_fd)
         self.pid = self._popen.pid
         if hasattr(os, "pidfd_open"):
-            self.pidfd = os.pidfd_open(self.pid)
+            with contextlib.suppress(OSError):  # without one it is looked at in every tick
+                self.pidfd = os.pidfd_open(self.pid)
 
     def read_events(self) -> list[Event] | None:
         """What it said since; None when there will be no more, or none now."""

@@ -54,7 +54,7 @@ class ParentWatch:
     def __init__(self, pid: int | None) -> None:
         self._fd: int | None = None
         if pid is not None and hasattr(os, "pidfd_open"):
-            with contextlib.suppress(ProcessLookupError):
+            with contextlib.suppress(OSError):  # gone, or no handles here: its number is asked then
                 self._fd = os.pidfd_open(pid)
 
     def __enter__(self) -> int | None:

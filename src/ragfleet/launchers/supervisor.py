@@ -22,10 +22,16 @@ from typing import Any, Final
 
 import msgspec
 
-from ragfleet import errors
 from ragfleet.beats import Beat, read_beats
 from ragfleet.claims import Board, ClaimStore
-from ragfleet.errors import Interrupted, RagfleetError, RunError, StorageError, WorkersFailed
+from ragfleet.errors import (
+    Interrupted,
+    RagfleetError,
+    StorageError,
+    WorkersFailed,
+    cannot_go_on,
+    error_named,
+)
 from ragfleet.events import Event, OnEvent
 from ragfleet.journal import read_journal
 from ragfleet.launch import Launch, LaunchPaths, write_atomically
@@ -116,10 +122,7 @@ class Supervisor:
                     self._reap()
                     self._tick()
             except OSError as error:
-                where = f" {error.filename}" if error.filename else ""
-                self._error = self._error or RunError(
-                    f"Can't go on with workers{where}: {error.strerror or error}."
-                )
+                self._error = self._error or cannot_go_on(error)
             finally:
                 for process in self._running.values():
                     process.kill()
@@ -207,7 +210,7 @@ class Supervisor:
                 if event.kind == "ready":
                     process.life.become_ready(time.monotonic(), event.data.get("blocked_after_s"))
                 if event.kind == "fatal":
-                    self._stop(_error_from(event.data.get("error", ""), event.message))
+                    self._stop(error_named(event.data.get("error", ""), event.message))
                 else:
                     self._on_event(event)
         if process.is_silent and process.events_fd in self._selector.get_map():
@@ -292,7 +295,9 @@ class Supervisor:
         )
         del self._running[rank]
         self._forget(process)
-        self._store.record_death(process.owner, read_journal(self._paths.journals / process.owner))
+        if not process.timed_out and self._error is None:
+            in_flight = read_journal(self._paths.journals / process.owner)
+            self._store.record_death(process.owner, in_flight)
         self._store.bury(process.owner)
         self._give_up(rank)
 
@@ -359,7 +364,7 @@ class Supervisor:
     def _obey_stop_file(self) -> None:
         if self._error is None and self._stop_file.exists():
             said: dict[str, Any] = msgspec.json.decode(self._stop_file.read_bytes())
-            self._error = _error_from(said["error"], said["message"])
+            self._error = error_named(said["error"], said["message"])
             self._drain(DRAIN_S)
 
     def _drain(self, seconds: float) -> None:
@@ -391,10 +396,3 @@ class Supervisor:
     def _on_orphaned(self) -> None:
         if self._signalled_s is None:
             self._on_signal(signal.SIGTERM)
-
-
-def _error_from(name: str, message: str) -> RagfleetError:
-    kind = getattr(errors, name, RunError)
-    if isinstance(kind, type) and issubclass(kind, RagfleetError) and kind is not Interrupted:
-        return kind(message)
-    return RunError(message)

@@ -85,7 +85,8 @@ def wanted(small_model: Path, reference: Reference) -> dict[str, list[list[int]]
     }
 
 
-@pytest.mark.parametrize("batch_size", [1, 3, 16])
+# Three: also in the small pool below.
+@pytest.mark.parametrize("batch_size", [1, pytest.param(3, marks=pytest.mark.slow), 16])
 def test_tokens_are_those_of_plain_generation(
     start: Make, wanted: dict[str, list[list[int]]], batch_size: int
 ) -> None:

@@ -1,7 +1,7 @@
 """What bad input gets: each row of the documented table, run as a user would.
 
-Everything here starts the command line in a process of its own and looks at its exit code, its last
-words and the files it leaves.
+Nearly everything here starts the command line in a process of its own; all of it looks at the exit
+code, the last words and the files that are left.
 """
 
 from __future__ import annotations
@@ -17,12 +17,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from ragfleet.cli import main
 
 KEYS = [
     *("id", "original_item_id", "query_index", "dedup_key", "query", "target_api"),
@@ -376,37 +378,39 @@ REFUSED = {
 }
 
 
-def refused(directory: Path, case: Refused) -> tuple[Done, bool]:
-    """What such a start says, and whether it left everything as it was."""
-    directory.mkdir()
-    if case.contexts is not None:
-        (directory / "in.jsonl").write_bytes(case.contexts)
-    case.prepare(directory)
-    before = contents(directory)
-    done = infer(directory, *case.flags)
-    return done, contents(directory) == before
+IN_A_PROCESS = ("another encoding", "an unknown flag", "a model of pickles")
+"""The others run in this one: each would be little but the start of an interpreter."""
 
 
-@pytest.fixture(scope="module")
-def refusals(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Future[Any]]]:
-    """All of them started side by side, for each is little but the start of an interpreter."""
-    directory = tmp_path_factory.mktemp("refused")
-    with ThreadPoolExecutor(3) as pool:
-        yield {
-            name: pool.submit(refused, directory / str(number), case)
-            for number, (name, case) in enumerate(REFUSED.items())
-        }
+def called(*arguments: str, capture: pytest.CaptureFixture[str]) -> Done:
+    """As `ragfleet`, in this process and its working directory."""
+    try:
+        code: Any = main(arguments)
+    except SystemExit as end:  # a word that the parser of arguments does not know
+        code = end.code
+    out, err = capture.readouterr()
+    return Done(arguments, code, out, err)
 
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_refused_before_anything_is_written(
-    refusals: dict[str, Future[tuple[Done, bool]]], name: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], name: str
 ) -> None:
-    done, unchanged = refusals[name].result()
+    case = REFUSED[name]
+    if case.contexts is not None:
+        (tmp_path / "in.jsonl").write_bytes(case.contexts)
+    case.prepare(tmp_path)
+    before = contents(tmp_path)
+    if name in IN_A_PROCESS:
+        done = infer(tmp_path, *case.flags)
+    else:
+        monkeypatch.chdir(tmp_path)
+        files = ("--contexts_file", "in.jsonl", "--output_file", "out.jsonl")
+        done = called("infer", *files, *case.flags, capture=capfd)
     assert done.returncode == 2, done.stderr
     text = re.sub(r"[│╭╮╰╯─]+", " ", done.stderr)
-    assert re.search(REFUSED[name].says, text), done.stderr
-    assert unchanged
+    assert re.search(case.says, text), done.stderr
+    assert contents(tmp_path) == before
     assert done.stdout == ""
     assert "Traceback" not in done.stderr
 

@@ -11,8 +11,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 HOSTILE = "\x1b]0;owned\x07\x1b[2J\nFINISHED: 1 of 1"
 
 
@@ -102,8 +100,7 @@ class Mine(QueryBasedInference):
 """
 
 
-@pytest.mark.parametrize("tampered", [False, True])
-def test_hostile_text_reaches_no_terminal_and_no_log(tmp_path: Path, tampered: bool) -> None:
+def test_hostile_text_reaches_no_terminal_and_no_log(tmp_path: Path) -> None:
     """In ids, queries, errors and shards: printed and logged without what a terminal obeys."""
     (tmp_path / "mine.py").write_text(CLASS)
     records = [
@@ -114,9 +111,6 @@ def test_hostile_text_reaches_no_terminal_and_no_log(tmp_path: Path, tampered: b
     (tmp_path / "in.jsonl").write_text("\n".join(lines) + "\n")
     done = infer(tmp_path, "--inference_class", "mine.py:Mine", "--verbose")
     assert done.returncode == 0, done.stderr
-    if tampered:
-        output = tmp_path / "out.jsonl"
-        output.write_text(output.read_text().replace("good", "evil"))
     outputs = {"infer": done.stderr + done.stdout}
     for name, *arguments in (
         ("verify", "in.jsonl", "out.jsonl"),
@@ -137,7 +131,13 @@ def test_hostile_text_reaches_no_terminal_and_no_log(tmp_path: Path, tampered: b
     outputs["log"] = (tmp_path / "out.run" / "logs" / "worker_0.log").read_text()
     assert "no answer to bad" in outputs["infer"]
     assert "no answer to bad" in outputs["log"]
-    assert ("NOT VERIFIED" in outputs["verify"]) == tampered
+    assert "NOT VERIFIED" not in outputs["verify"]
+    # Now with a row to be named.
+    output = tmp_path / "out.jsonl"
+    output.write_text(output.read_text().replace("good", "evil"))
+    result = ragfleet(tmp_path, "verify", "in.jsonl", "out.jsonl")
+    outputs["verify of another answer"] = result.stdout + result.stderr
+    assert "NOT VERIFIED" in outputs["verify of another answer"]
     for name, text in outputs.items():
         raw = [char for char in text if not char.isprintable() and char not in "\n\t"]
         assert not raw, (name, raw)

@@ -20,7 +20,6 @@ import contextlib
 import os
 import random
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -31,6 +30,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import file_faults
 import psutil
 from schedules import (
     BEAT_TIMEOUT_S,
@@ -38,7 +38,6 @@ from schedules import (
     KILLS,
     NUM_RECORDS,
     SHORT_LIFE_S,
-    STORAGE_ERRORS,
     Fault,
     Schedule,
     make_schedule,
@@ -105,7 +104,8 @@ class Harness:
         ):
             self.start(workers, faults, torchrun=self.schedule.torchrun and not self.story)
             for damage in damages:
-                self.damage(damage)
+                self.story.append(f"between starts: {damage}")
+                self.damaged += file_faults.damage(self.directory, damage, self.draw)
         write_input(self.directory)
         code = self.start(self.schedule.last_workers, [])
         problems = self.problems + ([] if code == 0 else [f"the last start exited {code}"])
@@ -223,16 +223,18 @@ class Harness:
             "kill_agent": lambda: self.kill_agent(process),
             "freeze": lambda: self.freeze(workers, fault.which, 0.1),
             "zombie": lambda: self.freeze(workers, fault.which, SHORT_LIFE_S + 1.5),
-            "storage": lambda: self.fail_storage(fault.which),
+            "storage": lambda: self.story.append(
+                f"storage: {file_faults.fail_storage(self.directory, fault.which)}"
+            ),
             "file_limit": lambda: self.limit_files(workers),
-            "clock": lambda: self.set_clock(fault.which),
-            "edit_input": lambda: self.edit_input(fault.which),
+            "clock": lambda: file_faults.set_clock(self.directory, fault.which),
+            "edit_input": lambda: file_faults.edit_input(self.directory, fault.which),
             "second_run": self.second_run,
-            "delete_plan": self.delete_plan,
-            "delete_run": self.delete_run,
-            "delete_claim": lambda: self.delete("claims/*.g*", fault.which),
-            "delete_done": lambda: self.delete("claims/*.done", fault.which),
-            "delete_beat": lambda: self.delete("beats/*", fault.which),
+            "delete_plan": lambda: file_faults.delete_plan(self.directory),
+            "delete_run": lambda: file_faults.delete_run(self.directory),
+            "delete_claim": lambda: file_faults.delete(self.directory, "claims/*.g*", fault.which),
+            "delete_done": lambda: file_faults.delete(self.directory, "claims/*.done", fault.which),
+            "delete_beat": lambda: file_faults.delete(self.directory, "beats/*", fault.which),
         }
         actions[fault.kind]()
         if fault.kind == "kill_worker":
@@ -282,13 +284,6 @@ class Harness:
                 time.sleep(seconds)  # frozen for so long; nothing can announce its end
                 victim.send_signal(signal.SIGCONT)
 
-    def fail_storage(self, which: int) -> None:
-        how = STORAGE_ERRORS[which % len(STORAGE_ERRORS)]
-        self.story.append(f"storage: {how}")
-        temporary = self.directory / "full.tmp"
-        temporary.write_text(how)
-        temporary.rename(self.directory / "full")
-
     def limit_files(self, workers: list[psutil.Process]) -> None:
         """Shards may grow a little more; the kernel cuts the line that goes over."""
         sizes = [path.stat().st_size for path in self.directory.glob("out_rank*.jsonl")]
@@ -296,20 +291,6 @@ class Harness:
         for worker in workers:
             with contextlib.suppress(psutil.NoSuchProcess):
                 worker.rlimit(psutil.RLIMIT_FSIZE, (limit, limit))
-
-    def set_clock(self, which: int) -> None:
-        """An hour or a year, forward or back."""
-        seconds = (3600, -3600, 31_536_000, -31_536_000)[which % 4]
-        (self.directory / "clock").write_text(str(seconds * 10**9))
-
-    def edit_input(self, which: int) -> None:
-        """One letter of one record, in place, as an editor that saves under a running job."""
-        path = self.directory / "in.jsonl"
-        data = path.read_bytes()
-        places = [found.start(1) for found in re.finditer(rb'"query": "(q)', data)]
-        with path.open("r+b") as file:
-            file.seek(places[which % len(places)])
-            file.write(b"Q")
 
     def second_run(self) -> None:
         second = subprocess.run(
@@ -324,52 +305,6 @@ class Harness:
         refused = second.returncode == 2 and "is being written by" in second.stderr
         if not refused and second.returncode != 0:  # 0: the first one ended meanwhile
             self.problems.append(f"SECOND: {second.returncode}: {second.stderr[-500:]}")
-
-    def delete_plan(self) -> None:
-        for path in self.directory.glob("out.run/launches/*/*"):
-            if path.suffix in (".npy", ".json"):
-                path.unlink(missing_ok=True)
-
-    def delete_run(self) -> None:
-        """All that may be removed, under the workers' hands."""
-        shutil.rmtree(self.directory / "out.run", ignore_errors=True)
-
-    def delete(self, pattern: str, which: int) -> None:
-        found = sorted(self.directory.glob(f"out.run/launches/*/{pattern}"))
-        if found:
-            with contextlib.suppress(FileNotFoundError):
-                found[which % len(found)].unlink()
-
-    # ---- damage between starts
-
-    def damage(self, kind: str) -> None:
-        self.story.append(f"between starts: {kind}")
-        if kind == "edit_input":
-            self.edit_input(self.draw.randrange(NUM_RECORDS))
-            return
-        shards = sorted(self.directory.glob("out_rank*.jsonl"))
-        full = [path for path in shards if path.stat().st_size]
-        if kind == "delete_launches":
-            for path in self.directory.glob("out.run/launches/*"):
-                path.rename(path.with_name("." + path.name))
-        if not full or kind in ("nothing", "delete_launches"):
-            return
-        path = self.draw.choice(full)
-        data = path.read_bytes()
-        if kind == "cut":
-            keep = self.draw.randint(max(0, len(data) - 1500), len(data))
-            self.damaged += data.count(b"\n") - data[:keep].count(b"\n")
-            path.write_bytes(data[:keep])
-            return
-        line = self.draw.choice(data.splitlines(keepends=True))
-        extra = {
-            "duplicate_line": line,
-            "foreign_line": b'{"request_key": "' + b"0" * 32 + b'", "finished_at_ns": 1,'
-            b' "success": true, "answer": "foreign", "inference_time": 0.0, "worker_rank": 0}\n',
-            "garbage": bytes(self.draw.randrange(256) for _ in range(60)) + b"\n",
-        }[kind]
-        # A cut line before it swallows it, as it would swallow anything appended to it.
-        path.write_bytes(data + extra)
 
 
 def reference(directory: Path) -> list[bytes]:

@@ -83,13 +83,21 @@ def run(
     return rows, done.stderr
 
 
-@pytest.mark.parametrize("workers", ["1", "2"])
-def test_one_poison_record_in_a_thousand_is_one_failure_row(tmp_path: Path, workers: str) -> None:
-    rows, _ = run(tmp_path, 1000, "Poisoned", "--batch_size", "32", "--num_workers", workers)
+@pytest.fixture(scope="module", params=["2", pytest.param("1", marks=pytest.mark.slow)])
+def poisoned(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run by so many workers over 1,000 records, one of which kills."""
+    folder = tmp_path_factory.mktemp("poisoned")
+    run(folder, 1000, "Poisoned", "--batch_size", "32", "--num_workers", request.param)
+    return folder
+
+
+def test_one_poison_record_in_a_thousand_is_one_failure_row(poisoned: Path) -> None:
+    rows = [json.loads(line) for line in (poisoned / "out.jsonl").read_text().splitlines()]
     failures = [row for row in rows if not row["success"]]
     assert [(row["id"], row["error_type"]) for row in failures] == [("r377", "poison")]
     assert "worker died" in str(failures[0]["error"])
-    deaths = list(tmp_path.glob("out.run/launches/*/claims/death.*"))
+    deaths = list(poisoned.glob("out.run/launches/*/claims/death.*"))
+    print(f"{len(deaths)} deaths")
     assert 3 <= len(deaths) <= 7  # log2(32) + 2
 
 
@@ -107,20 +115,19 @@ def test_a_worker_without_progress_is_ended_with_its_grandchild(tmp_path: Path) 
 
 
 def test_a_worker_that_loads_for_too_long_is_started_again(tmp_path: Path) -> None:
-    rows, said = run(tmp_path, 8, "LoadsForever", "--start_timeout_s", "1.5")
+    # Long enough to come as far as its set-up on a busy machine.
+    rows, said = run(tmp_path, 8, "LoadsForever", "--start_timeout_s", "5")
     assert all(row["success"] for row in rows)
     assert "is loading for" in said
     log = (tmp_path / "out.run" / "logs" / "worker_0.log").read_text()
     assert "in setup" in log  # the stack that it stood in
 
 
-def test_what_failed_comes_out_as_input_and_verify_proves_the_rest(tmp_path: Path) -> None:
-    run(tmp_path, 400, "Poisoned", "--batch_size", "8")
-
+def test_what_failed_comes_out_as_input_and_verify_proves_the_rest(poisoned: Path) -> None:
     def ragfleet(*arguments: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [sys.executable, "-m", "ragfleet", *arguments],
-            cwd=tmp_path,
+            cwd=poisoned,
             env=harness.environment(),
             capture_output=True,
             text=True,
@@ -132,12 +139,14 @@ def test_what_failed_comes_out_as_input_and_verify_proves_the_rest(tmp_path: Pat
         json.loads(line)["id"] for line in ragfleet("failures", "out.jsonl").stdout.splitlines()
     ] == ["r377"]
     assert ragfleet("verify", "in.jsonl", "out.jsonl").returncode == 0
-    output = tmp_path / "out.jsonl"
-    lines = output.read_text().splitlines()
+    output = poisoned / "out.jsonl"
+    whole = output.read_text()
+    lines = whole.splitlines()
     lines[3] = lines[3].replace('"answer":"3q"', '"answer":"another"')
     del lines[100]
     output.write_text("\n".join(lines) + "\n")
     broken = ragfleet("verify", "in.jsonl", "out.jsonl")
+    output.write_text(whole)  # the run is others' as well
     assert broken.returncode == 1
     assert "row 4 (r3): differs in answer" in broken.stdout
     assert "NOT VERIFIED" in broken.stdout

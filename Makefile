@@ -15,7 +15,7 @@ DEMO_DEVICE ?= cpu
 PYTEST_FLAGS ?=
 # Of make test alone: slow tests measure, and what they measure wants the machine for itself. More
 # than there are cores, for most of the time goes by waiting; tests/conftest.py says what goes where.
-PARALLEL ?= -n 4 --dist loadgroup
+PARALLEL ?= -n 4
 
 PY := .venv/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check install --quiet --constraint constraints.txt

@@ -28,6 +28,8 @@ def sleeper() -> Iterator[psutil.Popen]:
     process = psutil.Popen(
         ["sleep", "60"], env={VARIABLE: tag("one", "0.1")}, start_new_session=True
     )
+    while VARIABLE not in process.environ():
+        time.sleep(0.01)  # the kernel has yet to put it there, a moment after the start
     yield process
     with contextlib.suppress(psutil.NoSuchProcess):
         process.kill()

@@ -16,7 +16,6 @@ import pytest
 from models import ROOT
 
 torch = pytest.importorskip("torch", reason="training needs torch")
-pytestmark = pytest.mark.xdist_group("pocket")
 
 
 @pytest.fixture(scope="module", autouse=True)

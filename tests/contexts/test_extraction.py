@@ -197,7 +197,7 @@ def test_broken_files_cost_themselves_alone(make: Maker) -> None:
             "pkg/good.py": f("g"),
             "pkg/broken.py": "def (:\n",
             "pkg/null.py": "x = '\0'\n",
-            "pkg/deep.py": "x = " + "(" * 2000 + ")" * 2000,
+            "pkg/deep.py": "x = " + "(" * 5000 + ")" * 5000,
             "pkg/old.py": "print 'hello', `x`\nexcept_ = 1\n" + f("old"),
             "pkg/latin.py": "# -*- coding: latin-1 -*-\n" + f("latin").replace("Do", "Dô"),
         }

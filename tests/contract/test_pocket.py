@@ -32,7 +32,7 @@ from ragfleet.preparation import find_model, pocket_folder
 from ragfleet.tokens import load_tokenizer, prepare_prompt
 
 NUM_RECORDS = 200
-NUM_QUICK = 24
+NUM_QUICK = 40
 NUM_MUTATED = 16
 NUM_PAIRED = 48  # enough for slots to be used again, so that free places hold old tokens
 BATCH = 8

@@ -86,7 +86,7 @@ def wanted(small_model: Path, reference: Reference) -> dict[str, list[list[int]]
 
 
 # Three: also in the small pool below.
-@pytest.mark.parametrize("batch_size", [1, pytest.param(3, marks=pytest.mark.slow), 16])
+@pytest.mark.parametrize("batch_size", [1, 3, 16])
 def test_tokens_are_those_of_plain_generation(
     start: Make, wanted: dict[str, list[list[int]]], batch_size: int
 ) -> None:

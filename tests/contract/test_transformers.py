@@ -110,7 +110,7 @@ def test_greedy_tokens_are_those_of_batch_size_1(
 
 # Shared prefixes: test_shared_prefix.py asks these, too, and more.
 @pytest.mark.parametrize(
-    "sharing", [pytest.param(True, marks=pytest.mark.slow), False], ids=BOTH_LOOPS.get
+    "sharing", [True, False], ids=BOTH_LOOPS.get
 )
 @pytest.mark.parametrize("arch", ["qwen2", "qwen3", "mistral"])
 def test_other_architectures(start: Make, tmp_path: Path, arch: str, sharing: bool) -> None:

@@ -313,7 +313,7 @@ def test_the_first_requests_all_failing_stop_the_run(fleet: Fleet) -> None:
 # ------------------------------------------------------------------ everything
 
 
-@pytest.mark.parametrize("how", [pytest.param("supervisor", marks=pytest.mark.slow), "all at once"])
+@pytest.mark.parametrize("how", ["supervisor", "all at once"])
 def test_everything_killed_and_started_again(fleet: Fleet, how: str) -> None:
     """At moments drawn by lot; then the same command, and one with other workers."""
     fleet.records(120, "Slow")

@@ -83,7 +83,7 @@ def run(
     return rows, done.stderr
 
 
-@pytest.fixture(scope="module", params=["2", pytest.param("1", marks=pytest.mark.slow)])
+@pytest.fixture(scope="module", params=["2", "1"])
 def poisoned(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run by so many workers over 1,000 records, one of which kills."""
     folder = tmp_path_factory.mktemp("poisoned")

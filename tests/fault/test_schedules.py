@@ -9,7 +9,7 @@ import harness
 import pytest
 import schedules
 
-SEEDS = int(os.environ.get("SEEDS", "2"))
+SEEDS = int(os.environ.get("SEEDS", "4"))
 
 # Put on PYTHONPATH as sitecustomize.py, so that every process of a run is broken in one way.
 BROKEN = {

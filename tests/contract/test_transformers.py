@@ -30,7 +30,7 @@ from ragfleet.engines.transformers import TransformersEngine
 from ragfleet.errors import EngineDead, ModelError
 from ragfleet.tokens import load_tokenizer
 
-NUM, NEW = 16, 12
+NUM, NEW = 24, 12
 """Records, and tokens generated for each."""
 
 
@@ -108,10 +108,7 @@ def test_greedy_tokens_are_those_of_batch_size_1(
     assert engine.progress() == sum(map(len, expected))
 
 
-# Shared prefixes: test_shared_prefix.py asks these, too, and more.
-@pytest.mark.parametrize(
-    "sharing", [True, False], ids=BOTH_LOOPS.get
-)
+@pytest.mark.parametrize("sharing", [True, False], ids=BOTH_LOOPS.get)
 @pytest.mark.parametrize("arch", ["qwen2", "qwen3", "mistral"])
 def test_other_architectures(start: Make, tmp_path: Path, arch: str, sharing: bool) -> None:
     tied = ["--tie_word_embeddings"] if arch.startswith("qwen") else []

@@ -1,7 +1,6 @@
 """The shared-prefix loop against plain generation, on the CPU.
 
     python benchmarks/shared_prefix.py compare [--quick] [--arch llama] [--shape shared]
-    python benchmarks/shared_prefix.py workers [--quick]
     python benchmarks/shared_prefix.py memory
 
 `compare` runs its arms interleaved in one process, on the same token ids (`workloads.py`):
@@ -13,8 +12,8 @@
 `--naive_every N` times the naive arm on every N-th record and scales it by its prompt and answer
 tokens; answers are compared on those records. The floor is the arithmetic that the prompts need,
 each shared token read once, at the speed of this machine's matrix product, measured at the start of
-the same run. `workers`: two processes of one thread against one of one. `memory`: contexts of 100
-to 3,000 tokens within a budget.
+the same run. `memory`: contexts of 100 to 3,000 tokens within a budget. Two workers against one:
+`two_workers.py`; beside vLLM: `throughput.py`.
 """
 
 from __future__ import annotations
@@ -26,7 +25,6 @@ import os
 import platform
 import resource
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -228,64 +226,6 @@ def work(requests: Sequence[Prepared], spec: WorkloadSpec) -> float:
     return sum(len(r.token_ids) + 20 * spec.max_new_tokens for r in requests)
 
 
-# ---- two workers
-
-
-def workers(args: argparse.Namespace) -> dict[str, Any]:
-    """Processes of one thread: one does all of it, or two do half the groups each."""
-    times: dict[str, list[float]] = {}
-    arms = [(arm, count) for arm in ("ours", "static") for count in (1, 2)]
-    for number in range(args.rounds):
-        for arm, count in arms:
-            seconds = max(run_parts(args, arm, count))
-            times.setdefault(f"{arm} {count}", []).append(seconds)
-            print(f"  round {number + 1} {arm}, {count} worker(s): {seconds:.1f} s", flush=True)
-    for arm in ("ours", "static"):
-        ratios = [a / b for a, b in zip(times[f"{arm} 1"], times[f"{arm} 2"], strict=True)]
-        print(f"{arm}: two workers of one thread {statistics.median(ratios):.2f} x one")
-    return {"times_s": times}
-
-
-def run_parts(args: argparse.Namespace, arm: str, count: int) -> list[float]:
-    """Seconds of each of `count` processes; all start when all are loaded."""
-    command = [sys.executable, __file__, "part", "--arm", arm, "--parts", str(count)]
-    command += ["--quick"] if args.quick else []
-    children = [
-        subprocess.Popen(
-            [*command, "--part", str(part)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
-        for part in range(count)
-    ]
-    for child in children:
-        while "loaded" not in (line := child.stdout.readline()):  # type: ignore[union-attr]
-            assert line, "a part did not load"
-    for child in children:
-        child.stdin.write("go\n")  # type: ignore[union-attr]
-        child.stdin.flush()  # type: ignore[union-attr]
-    return [float(child.communicate()[0].split()[-1]) for child in children]
-
-
-def part(args: argparse.Namespace) -> dict[str, Any]:
-    spec = sized(SHAPES["shared"], args)
-    model_dir = make_model("llama", MODELS)
-    requests = grouped(distinct(tokenised(make_records(spec), model_dir, spec.sampling)))
-    contexts = list(dict.fromkeys(r.request.context for r in requests))
-    cost = {c: sum(len(r.token_ids) for r in requests if r.request.context == c) for c in contexts}
-    mine = set(sorted(contexts, key=cost.__getitem__)[args.part :: args.parts])
-    requests = [r for r in requests if r.request.context in mine]
-    sharing = args.arm == "ours"
-    engine = make_engine(model_dir, spec, 1, args, prefix_sharing=sharing)
-    drive(engine, requests[:2])
-    print("loaded", flush=True)
-    sys.stdin.readline()
-    print(timed(lambda: drive(engine, requests, afresh=True))[0])
-    return {}
-
-
 # ---- memory
 
 
@@ -323,7 +263,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=("compare", "workers", "memory", "part"))
+    parser.add_argument("what", choices=("compare", "memory"))
     parser.add_argument("--quick", action="store_true", help="a quarter of the records")
     parser.add_argument("--arch", choices=list(ARCHITECTURES), default="llama")
     parser.add_argument("--shape", choices=list(SHAPES), default="shared")
@@ -336,12 +276,8 @@ def main() -> None:
     parser.add_argument("--kv_cache_bytes", type=int, default=200_000_000)
     parser.add_argument("--json", type=Path, help="also write what was measured here")
     parser.add_argument("--verbose", action="store_true")
-    parser.add_argument("--arm", default="ours", help=argparse.SUPPRESS)
-    parser.add_argument("--part", type=int, default=0, help=argparse.SUPPRESS)
-    parser.add_argument("--parts", type=int, default=1, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    runs = {"compare": compare, "workers": workers, "memory": memory, "part": part}
-    result = runs[args.what](args)
+    result = compare(args) if args.what == "compare" else memory(args)
     if args.json:
         versions = {"torch": torch.__version__, "transformers": transformers.__version__}
         result |= {"args": vars(args), "versions": versions, "machine": platform.processor()}

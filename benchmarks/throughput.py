@@ -204,14 +204,17 @@ def cost(requests: Sequence[Prepared], spec: WorkloadSpec) -> int:
 
 
 class ArmProcess:
-    """throughput_arm.py, loaded and waiting."""
+    """throughput_arm.py, loaded and waiting. `prefix`: of its files, where there are two."""
 
-    def __init__(self, name: str, python: str, settings: dict[str, Any], folder: Path) -> None:
+    def __init__(
+        self, name: str, python: str, settings: dict[str, Any], folder: Path, prefix: str = ""
+    ) -> None:
         self.name, self.settings = name, settings
-        file = folder / f"{name.replace(' ', '_')}.json"
+        stem = (prefix + name).replace(" ", "_")
+        file = folder / f"{stem}.json"
         file.write_text(json.dumps(settings))
         threads = str(settings["threads"])
-        self.log = open(folder / f"{name.replace(' ', '_')}.log", "ab")  # noqa: SIM115
+        self.log = open(folder / f"{stem}.log", "ab")  # noqa: SIM115
         self.process = subprocess.Popen(
             [python, str(ROOT / "benchmarks" / "throughput_arm.py"), name, str(file)],
             env={
@@ -245,6 +248,10 @@ class ArmProcess:
             self.is_ready = True
 
     def answer(self, work: Work, spec: WorkloadSpec, order: Sequence[int]) -> dict[str, Any]:
+        self.ask(work, spec, order)
+        return self.read()
+
+    def ask(self, work: Work, spec: WorkloadSpec, order: Sequence[int]) -> None:
         assert self.process.stdin is not None
         task = {
             "ids": [list(request.token_ids) for request in work.requests],
@@ -254,7 +261,6 @@ class ArmProcess:
         }
         self.process.stdin.write(json.dumps(task) + "\n")
         self.process.stdin.flush()
-        return self.read()
 
     def close(self) -> None:
         assert self.process.stdin is not None

@@ -239,12 +239,30 @@ def prefilled_of(engine: Any) -> int | None:
     return None if scheduler is None else int(scheduler.read_tokens)
 
 
+class MatrixProduct(Arm):
+    """As much work as there are requests, whatever they are: what the machine can do at most."""
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        super().__init__(settings)
+        import torch
+
+        torch.set_num_threads(settings["threads"])
+        self.torch = torch
+        self.factors = torch.randn(1024, 1024), torch.randn(1024, 1024)
+
+    def answer(self, ids: list[list[int]], seeds: list[int | None]) -> list[list[int]]:
+        for _ in range(50 * len(ids)):
+            self.torch.mm(*self.factors)
+        return [[] for _ in ids]
+
+
 ARMS: dict[str, Callable[[dict[str, Any]], Arm]] = {
     "naive": Plain,
     "static": Static,
     "ours on transformers": Ours,
     "raw vLLM": RawVllm,
     "ours on vLLM": Ours,
+    "matrix product": MatrixProduct,
 }
 
 

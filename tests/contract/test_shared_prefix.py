@@ -14,7 +14,7 @@ from driving import Make, ask, drive
 
 from models import Reference, changed_copy, make_model
 from ragfleet.engines.protocol import Completion, Engine, Failure, Prepared
-from ragfleet.engines.shared_prefix import attention, heap, loop, packing
+from ragfleet.engines.shared_prefix import attention, heap, loop, packing, passes
 from ragfleet.engines.shared_prefix.cache import Shape, limits_within
 from ragfleet.engines.shared_prefix.loop import SharedPrefixLoop
 from ragfleet.engines.shared_prefix.scheduler import Scheduler
@@ -298,6 +298,15 @@ def test_the_self_check_looks_at_what_is_copied(
     assert not isinstance(engine._loop, SharedPrefixLoop)  # type: ignore[attr-defined]
 
 
+def test_the_self_check_looks_at_blocks(start: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    def mistaken(query: torch.Tensor, key: torch.Tensor, *others: Any) -> torch.Tensor:
+        return attention.causal_blocks(query, key.flip(1), *others)
+
+    monkeypatch.setattr(passes, "causal_blocks", mistaken)
+    engine = start(max_new_tokens=NEW)
+    assert not isinstance(engine._loop, SharedPrefixLoop)  # type: ignore[attr-defined]
+
+
 @pytest.mark.parametrize("failures", [1, 3])
 def test_a_pass_that_fails_is_answered_plainly(
     start: Make,
@@ -381,7 +390,39 @@ def test_a_broken_row_leaves_nothing_in_its_slot(
 # ---- parts
 
 
-@pytest.mark.parametrize("num_queries", [1, attention.FEW_QUERIES, attention.FEW_QUERIES + 1])
+@pytest.mark.parametrize("before", [0, 37])
+@pytest.mark.parametrize("num_tokens", [1, attention.BLOCK_TOKENS, 2 * attention.BLOCK_TOKENS + 9])
+def test_blocks_give_what_the_whole_gives(num_tokens: int, before: int) -> None:
+    torch.manual_seed(0)
+    query = torch.randn(num_tokens, 6, 16)
+    key, value = torch.randn(2, 3, before + num_tokens, 16)
+    found = attention.causal_blocks(query, key, value, 0.25)
+    repeated = [states.repeat_interleave(2, 0)[None] for states in (key, value)]
+    padded = torch.cat([torch.zeros(before, 6, 16), query]).transpose(0, 1)[None]
+    plain, _ = attention.plain_part(padded, *repeated, 0.25, causal=True)
+    torch.testing.assert_close(found, plain[0].transpose(0, 1)[before:], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_long_runs_go_in_blocks_where_that_is_exact(
+    start: Make, monkeypatch: pytest.MonkeyPatch, precision: str
+) -> None:
+    engine = start(max_new_tokens=2, precision=precision)
+    lengths = []
+
+    def counted(query: torch.Tensor, *others: Any) -> torch.Tensor:
+        lengths.append(len(query))
+        return attention.causal_blocks(query, *others)
+
+    monkeypatch.setattr(passes, "causal_blocks", counted)
+    rng = random.Random(3)
+    heads = ids(rng, 200), ids(rng, 90), ids(rng, 63)
+    answer(engine, [head + ids(rng, 5) for head in heads for _ in range(4)])
+    # In the first of two layers; nobody sees what the last one makes of them.
+    assert lengths == ([200, 90] if precision == "fp32" else [])
+
+
+@pytest.mark.parametrize("num_queries", [1, 24, 25])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_few_queries_give_what_many_give(num_queries: int, dtype: torch.dtype) -> None:
     torch.manual_seed(0)

@@ -19,9 +19,8 @@ NAME: Final = "ragfleet_shared_prefix"
 """Unknown to transformers' table of masks, so that it makes none."""
 MASKED: Final = -1e30
 """Added to scores that must not count. Infinity would make NaN of rows with nothing to see."""
-FEW_QUERIES: Final = 24
-"""Of one head. So few leave the fused kernel's blocks nearly empty: it takes twice as long as two
-batched products."""
+BLOCK_TOKENS: Final = 64
+"""Of a long run, asked together: a block's products leave out the keys that come after it."""
 
 
 class Attending(Protocol):
@@ -82,11 +81,8 @@ def attend_part(
     the fp32 log-sum-exp of the scores [a, b, queries].
 
     `causal`: queries and keys are the same tokens. With fewer queries than keys the kernel would
-    align them at the first key, so what stands before is always a part of its own.
+    align them at the first key, so what stands before is a part of its own.
     """
-    if query.shape[0] == 1 and query.shape[2] <= FEW_QUERIES and not causal:
-        out, lse = batched_part(query[0], key[0], value[0], scaling)
-        return out[None], lse[None]
     if _FLASH is not None and not query.is_cuda:
         out, lse = _FLASH(query, key, value, 0.0, causal, scale=scaling)
         return out, lse
@@ -110,6 +106,34 @@ def batched_part(
     # exp(top - lse) is the top's probability.
     lse = scores.amax(dim=-1) - probs.amax(dim=-1).log()
     return torch.bmm(probs.to(value.dtype), value), lse
+
+
+def causal_blocks(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
+) -> torch.Tensor:
+    """The last tokens of a sequence: query [tokens, heads, dim] over key and value [kv_heads, keys,
+    dim], whose last `tokens` keys are the queries' own; returns [tokens, heads, dim].
+
+    In blocks of `BLOCK_TOKENS`, each two batched products around a softmax. torch's fused kernel
+    has small blocks of queries and keys, and no way to begin behind the first key.
+    """
+    num_tokens, num_heads, dim = query.shape
+    kv_heads, num_keys = key.shape[:2]
+    group = num_heads // kv_heads
+    # [kv_heads, tokens * group, dim]: the heads of a group stand together.
+    asked = query.unflatten(1, (kv_heads, group)).transpose(0, 1).flatten(1, 2) * scaling
+    out = query.new_empty((num_tokens, kv_heads, group, dim))
+    later = query.new_full((BLOCK_TOKENS, BLOCK_TOKENS), MASKED).triu_(1)[:, None]
+    for start in range(0, num_tokens, BLOCK_TOKENS):
+        size = min(BLOCK_TOKENS, num_tokens - start)
+        seen = num_keys - num_tokens + start + size
+        block = asked[:, start * group : (start + size) * group]
+        scores = torch.bmm(block, key[:, :seen].transpose(1, 2))
+        scores.unflatten(1, (size, group))[..., seen - size :] += later[:size, :, :size]
+        torch.softmax(scores, dim=-1, out=scores)
+        part = torch.bmm(scores, value[:, :seen]).unflatten(1, (size, group))
+        out[start : start + size] = part.transpose(0, 1)
+    return out.flatten(1, 2)
 
 
 def plain_part(

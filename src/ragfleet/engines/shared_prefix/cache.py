@@ -6,13 +6,14 @@ Owns their shapes and sizes. `Limits` say how large; which place holds what is t
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 import torch
 
-from ragfleet.engines.shared_prefix.scheduler import OWN_TOKENS, Limits
+from ragfleet.engines.shared_prefix.scheduler import OWN_TOKENS, Limits, Range
 
 PASS_TOKENS: Final = 512
 """Of a pass: matrix products gain nothing from more, and what lies between them stays in caches."""
@@ -140,6 +141,16 @@ class KeyValueCache:
             both = self.pool[layer, :, offset : offset + length].transpose(1, 2)
             found = self._parts[where] = (both[0][None], both[1][None])
         return found
+
+    def joined(self, layer: int, ranges: Sequence[Range]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of several ranges, one after the other: [kv_heads, tokens, dim]."""
+        parts = [self.part(layer, range_.offset, range_.length) for range_ in ranges]
+        if len(parts) == 1:
+            return parts[0][0][0], parts[0][1][0]
+        return (
+            torch.cat([keys[0] for keys, _ in parts], 1),
+            torch.cat([values[0] for _, values in parts], 1),
+        )
 
     def clean(self, slot: int) -> None:
         """Make what a slot holds finite: places beyond its end count as 0 × what stands there."""

@@ -8,11 +8,17 @@ is one batched product; the parts are merged. Knows nothing of requests.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
-from ragfleet.engines.shared_prefix.attention import MASKED, attend_part, batched_part, merge
+from ragfleet.engines.shared_prefix.attention import (
+    MASKED,
+    attend_part,
+    batched_part,
+    causal_blocks,
+    merge,
+)
 from ragfleet.engines.shared_prefix.cache import KeyValueCache
 from ragfleet.engines.shared_prefix.scheduler import Pass, Range, Row, Run
 
@@ -44,7 +50,7 @@ def run_reads(runs: Sequence[Run], starts: Sequence[int]) -> list[Read]:
         following: dict[Range, int] = {}
         for range_ in run.reads:
             index = open_reads.get(range_)
-            if index is None:
+            if index is None or reads[index][1] != start:  # tokens of others stand in between
                 index = len(reads)
                 reads.append((start, stop, range_))
             else:
@@ -54,8 +60,22 @@ def run_reads(runs: Sequence[Run], starts: Sequence[int]) -> list[Read]:
     return reads
 
 
+def joined(ranges: Sequence[Range]) -> list[Range]:
+    """The same tokens in as few ranges as they stand in side by side."""
+    found: list[Range] = []
+    for range_ in ranges:
+        if found and found[-1].offset + found[-1].length == range_.offset:
+            found[-1] = Range(found[-1].offset, found[-1].length + range_.length)
+        else:
+            found.append(range_)
+    return found
+
+
 class TensorPass:
     """One forward. `logit_rows`: tokens whose logits are wanted, in the order of `slots`."""
+
+    long_run: ClassVar[int] = 64
+    """Tokens of a node that are worth products of their own, without parts to be merged."""
 
     def __init__(
         self, scheduled: Pass, last_tokens: Mapping[int, int], cache: KeyValueCache
@@ -85,7 +105,16 @@ class TensorPass:
         # Without any, the first: an empty product is not worth a special case in every layer.
         self.logit_rows = torch.tensor(logit_rows or [0], device=device)
         self._row_reads = row_reads(rows)
-        self._run_reads = run_reads(runs, [start for start, _, _ in self._runs])
+        short = [one for one in self._runs if not self._is_long(one[2])]
+        self._short_runs = short
+        self._short_reads = run_reads(
+            [run for _, _, run in short], [start for start, _, _ in short]
+        )
+        self._long_runs = [
+            (start, stop, joined((*run.reads, Range(run.pool_offset, stop - start))))
+            for start, stop, run in self._runs
+            if self._is_long(run)
+        ]
         # Nobody sees what the last layer makes of a node's tokens.
         own = [(start, stop, run) for start, stop, run in self._runs if run.slot >= 0]
         self._last_runs = own
@@ -119,6 +148,11 @@ class TensorPass:
             device=device,
         )
 
+    def _is_long(self, run: Run) -> bool:
+        """In half precision the scores would be rounded on their way to the softmax."""
+        is_exact = self._cache.pool.dtype == torch.float32
+        return is_exact and run.slot < 0 and len(run.token_ids) >= self.long_run
+
     # ---- in each layer
 
     def check(self, module: Any, key: torch.Tensor, value: torch.Tensor, **others: Any) -> None:
@@ -139,10 +173,14 @@ class TensorPass:
         out = make(query.shape, dtype=query.dtype, device=query.device)
         if self._num_rows:
             self._attend_rows(layer, query[: self._num_rows], scaling, out[: self._num_rows])
-        runs = self._last_runs if is_last else self._runs
-        reads = self._last_reads if is_last else self._run_reads
+        runs = self._last_runs if is_last else self._short_runs
+        reads = self._last_reads if is_last else self._short_reads
         if runs:
             self._attend_runs(layer, query, key, value, scaling, runs, reads, out)
+        if not is_last:
+            for start, stop, ranges in self._long_runs:
+                keys, values = self._cache.joined(layer, ranges)
+                out[start:stop] = causal_blocks(query[start:stop], keys, values, scaling)
         return out
 
     def _write(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:

@@ -58,6 +58,8 @@ def check_config(model: Any) -> None:
 class ProbePass(TensorPass):
     """A pass that also looks at what each layer wants of its attention."""
 
+    long_run = 8  # so that the head's two pieces go both ways
+
     def __init__(
         self,
         scheduled: Pass,

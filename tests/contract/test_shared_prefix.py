@@ -13,8 +13,9 @@ import torch
 from driving import Make, ask, drive
 
 from models import Reference, changed_copy, make_model
+from ragfleet.engines import heap
 from ragfleet.engines.protocol import Completion, Engine, Failure, Prepared
-from ragfleet.engines.shared_prefix import attention, heap, loop, packing, passes
+from ragfleet.engines.shared_prefix import attention, loop, packing, passes
 from ragfleet.engines.shared_prefix.cache import Shape, limits_within
 from ragfleet.engines.shared_prefix.loop import SharedPrefixLoop
 from ragfleet.engines.shared_prefix.scheduler import Scheduler

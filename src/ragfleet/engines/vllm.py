@@ -23,6 +23,7 @@ from typing import Any, Final
 
 from ragfleet.engines.answers import cut_at_stop, split_reasoning
 from ragfleet.engines.group_guard import GroupGuard
+from ragfleet.engines.heap import keep_freed_memory
 from ragfleet.engines.protocol import (
     Completion,
     EngineInfo,
@@ -34,7 +35,7 @@ from ragfleet.engines.protocol import (
     RequestKey,
 )
 from ragfleet.engines.vllm_options import INSTALL, check_options, find_vllm, option_names
-from ragfleet.engines.vllm_settings import engine_arguments, environment
+from ragfleet.engines.vllm_settings import cache_notes, engine_arguments, environment
 from ragfleet.errors import ConfigError, DeviceError, EngineDead, ModelError
 from ragfleet.model_files import model_limit
 from ragfleet.prompts import PLAIN_STOP
@@ -108,6 +109,8 @@ class VllmEngine:
         arguments, more_notes = engine_arguments(spec, needs_tokenizer=bool(self._stops))
         self._sampling_params(None)  # for its errors, before the model is loaded
         self._guard = GroupGuard()
+        if not spec.num_gpus and (why_not := keep_freed_memory()) is not None:
+            notes.append(f"memory is mapped anew in every pass: {why_not}")
         self._llm = self._load(spec.model_dir, arguments, installed)
         model, scheduler = (
             self._llm.vllm_config.model_config,
@@ -128,7 +131,7 @@ class VllmEngine:
             f" {str(model.dtype).removeprefix('torch.')}, {self._device_name(arguments)}",
             max_model_len=self._max_model_len,
             batch_size=num_seqs,
-            notes=(*notes, *more_notes, *self._cache_notes()),
+            notes=(*notes, *more_notes, *cache_notes(self._llm.vllm_config.cache_config)),
         )
 
     def _check_device(self, version: str) -> None:
@@ -183,16 +186,6 @@ class VllmEngine:
 
         name = str(current_platform.get_device_name(0))
         return name if size == 1 else f"{size} x {name}, tensor parallel"
-
-    def _cache_notes(self) -> list[str]:
-        cache = self._llm.vllm_config.cache_config
-        blocks, size = getattr(cache, "num_gpu_blocks", None), getattr(cache, "block_size", None)
-        if not blocks or not size:
-            return []
-        notes = [f"KV cache: {blocks * size:,} tokens"]
-        if not cache.enable_prefix_caching:
-            notes.append("the prefix cache is off: each prompt is prefilled in full")
-        return notes
 
     # ---- requests
 

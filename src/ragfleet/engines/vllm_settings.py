@@ -76,6 +76,17 @@ def engine_arguments(
     return {**arguments, **spec.engine_options}, notes
 
 
+def cache_notes(cache: Any) -> list[str]:
+    """For the log, of vLLM's CacheConfig after the start."""
+    blocks, size = getattr(cache, "num_gpu_blocks", None), getattr(cache, "block_size", None)
+    if not blocks or not size:
+        return []
+    notes = [f"KV cache: {blocks * size:,} tokens"]
+    if not cache.enable_prefix_caching:
+        notes.append("the prefix cache is off: each prompt is prefilled in full")
+    return notes
+
+
 def _parallel_size(spec: EngineSpec) -> tuple[int, str | None]:
     """The fewest GPUs that hold the model: each further one only adds communication."""
     sizes = _valid_sizes(spec)

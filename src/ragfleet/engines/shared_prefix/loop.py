@@ -16,6 +16,7 @@ import torch
 
 from ragfleet.engines.batched import BatchedLoop
 from ragfleet.engines.decoding import Row, RowEnder, TokenChooser, not_finite, outcome_of
+from ragfleet.engines.heap import keep_freed_memory
 from ragfleet.engines.protocol import EngineSpec, Failure, Outcome, Prepared, RequestKey
 from ragfleet.engines.shared_prefix.cache import (
     KeyValueCache,
@@ -24,7 +25,6 @@ from ragfleet.engines.shared_prefix.cache import (
     limits_within,
 )
 from ragfleet.engines.shared_prefix.forward import Forward
-from ragfleet.engines.shared_prefix.heap import keep_freed_memory
 from ragfleet.engines.shared_prefix.passes import TensorPass
 from ragfleet.engines.shared_prefix.scheduler import Limits, Scheduler
 from ragfleet.engines.shared_prefix.support import Unsupported, ready

@@ -2,7 +2,7 @@
 
 Owns two settings of the C library's heap. As it stands, glibc gives the memory of what lies between
 layers back to the system and has it mapped anew, zeroed, in every pass: 15,000 page faults of 512
-tokens through a model of 31 M weights, a tenth of the time.
+tokens through a model of 31 M weights, a tenth of the time, in transformers' forward as in vLLM's.
 """
 
 from __future__ import annotations

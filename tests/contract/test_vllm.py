@@ -243,6 +243,15 @@ def test_a_smaller_cache_makes_the_limit_smaller_and_says_so(start: Make) -> Non
     assert "that is what the KV cache holds; the model would take 8192" in notes
 
 
+def test_where_freed_memory_cannot_be_kept_it_says_so(
+    start: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ragfleet.engines.vllm.keep_freed_memory", lambda: "no mallopt")
+    engine = start("vllm")
+    engine.close()
+    assert "memory is mapped anew in every pass: no mallopt" in engine.start().notes
+
+
 def test_names_of_options_are_those_of_engine_args(start: Make) -> None:
     import dataclasses
 

@@ -19,8 +19,10 @@ LEAST_SHARED: Final = 16
 """Fewer tokens never get a node: each is a call per layer in every pass that decodes from it."""
 LEAST_SAVED: Final = 128
 """Tokens not read again that are worth a node, where the rest could stand in slots instead."""
-MOST_SHARED_LEVELS: Final = 2
-"""Nodes above each other, a request's own not counted: what all share, and what a group shares."""
+MOST_SHARED_LEVELS: Final = 3
+"""Nodes above each other, a request's own not counted: what all share, what groups share whose
+contexts begin alike, and what a group shares. With two, a group of the second kind has no node of
+its own left, and each of its requests reads its context anew."""
 ID_BYTES: Final = 4
 
 

@@ -236,6 +236,16 @@ def test_neighbouring_heads_are_told_apart() -> None:
     assert shared_ends(group, [], 0, MOST_SHARED_LEVELS, 64) == []
 
 
+def test_contexts_that_begin_alike_keep_a_node_of_their_own() -> None:
+    """A head of 20, a beginning of 50 that three contexts have, and 40 that each has alone."""
+    head, alike = [1] * 20, [2] * 50
+    contexts = [head + alike + [number] * 40 for number in (3, 4, 5)] + [head + [6] * 60]
+    prompts = [[*context, 7 + number, 0, 0] for context in contexts for number in range(4)]
+    limits = dataclasses.replace(LIMITS, num_slots=16)
+    mirror = play(prompts, [3] * len(prompts), limits, len(prompts))
+    assert len(mirror.read) == 20 + 50 + 3 * 40 + 60 + 3 * len(prompts)
+
+
 @given(st.lists(st.integers(0, 3), max_size=40), st.lists(st.integers(0, 3), max_size=40))
 def test_common_tokens(a: list[int], b: list[int]) -> None:
     wanted = next((n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), None)

@@ -236,7 +236,10 @@ class ArmProcess:
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:
-            raise SystemExit(f"arm {self.name} ended; see {self.log.name}")
+            said = Path(self.log.name).read_text(errors="replace").splitlines()
+            raise SystemExit(
+                "\n".join([*said[-20:], f"arm {self.name} ended; its last lines above"])
+            )
         answer: dict[str, Any] = json.loads(line)
         return answer
 

@@ -51,6 +51,8 @@ class SlowAsync(QueryBasedInference):
 
 class Gated(Slow):
     def generate_answer(self, query, context, retrieval_method):
+        if query != "q0":
+            (HERE / "waiting").touch()
         while query != "q0" and not (HERE / "gate").exists():
             time.sleep(0.01)
         return super().generate_answer(query, context, retrieval_method)
@@ -420,6 +422,7 @@ def test_a_signal_that_comes_again_drops_what_is_in_flight(fleet: Fleet) -> None
     fleet.records(20, "Gated")
     process = fleet.start("--schedule", "static")
     fleet.wait_for(1)
+    until((fleet.directory / "waiting").exists, "the request that never ends")
     (worker,) = fleet.workers(process).values()
 
     process.send_signal(signal.SIGINT)

@@ -203,6 +203,10 @@ def cost(requests: Sequence[Prepared], spec: WorkloadSpec) -> int:
 # ---- processes
 
 
+class ArmEnded(Exception):
+    """An arm's process ended; its last line."""
+
+
 class ArmProcess:
     """throughput_arm.py, loaded and waiting. `prefix`: of its files, where there are two."""
 
@@ -237,9 +241,8 @@ class ArmProcess:
         line = self.process.stdout.readline()
         if not line:
             said = Path(self.log.name).read_text(errors="replace").splitlines()
-            raise SystemExit(
-                "\n".join([*said[-20:], f"arm {self.name} ended; its last lines above"])
-            )
+            print("\n".join(said[-20:]), file=sys.stderr)
+            raise ArmEnded(said[-1] if said else "it said nothing")
         answer: dict[str, Any] = json.loads(line)
         return answer
 
@@ -331,15 +334,24 @@ def measure_row(
             processes[process_name] = ArmProcess(process_name, python, settings, folder)
     for arm in arms:  # they load together
         processes[ARMS[arm][0]].warm_up(work, spec)
+    ended: set[str] = set()
     for number in range(args.rounds):
         for arm in arms:
             process_name, order_name = ARMS[arm]
+            if process_name in ended:
+                continue
             if number and process_name in ("naive", "static") and args.quick:
                 continue
             order = work.orders[order_name]
             if order_name == "sample":  # another part each round: after n rounds it was all
                 order = order[number % args.naive_every :: args.naive_every]
-            result = processes[process_name].answer(work, spec, order)
+            try:
+                result = processes[process_name].answer(work, spec, order)
+            except ArmEnded as error:  # the others go on; the next row starts it again
+                print(f"  {name}, round {number + 1}, {arm}: its process ended: {error}")
+                processes.pop(process_name).close()
+                ended.add(process_name)
+                continue
             scale = 1.0
             if process_name in ("naive", "static"):
                 whole = work.requests if process_name == "naive" else distinct(work.requests)
@@ -350,7 +362,7 @@ def measure_row(
             for place, answer in zip(order, result["answers"], strict=True):
                 measured.answers[work.requests[place].key] = answer
             print(f"  {name}, round {number + 1}, {arm}: {measured.seconds[-1]:.1f} s", flush=True)
-    return work, found
+    return work, {arm: found[arm] for arm in arms if ARMS[arm][0] not in ended}
 
 
 def identical(

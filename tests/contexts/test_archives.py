@@ -179,3 +179,17 @@ def test_hostile_archives_through_the_whole_build(
     assert "larger than 1 MiB" in bomb.error
     new = {"corpus", "corpus/evil", "corpus/evil/1.0.jsonl", "corpus/evil/1.0.manifest.json"}
     assert tree(tmp_path) - before == new
+
+
+def test_a_compression_that_nobody_knows(tmp_path: Path) -> None:
+    wheel = tmp_path / "a.whl"
+    with zipfile.ZipFile(wheel, "w") as zipped:
+        zipped.writestr("pkg.py", "x = 1\n")
+    data = bytearray(wheel.read_bytes())
+    # The method's place in the member's own header, and in the central directory.
+    for header, place in ((b"PK\3\4", 8), (b"PK\1\2", 10)):
+        data[data.index(header) + place] = 77
+    wheel.write_bytes(data)
+    with pytest.raises(ArchiveError, match="can't be read: .*compression method"):
+        extract(wheel, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

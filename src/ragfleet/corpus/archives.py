@@ -83,8 +83,7 @@ def extract(archive: Path, folder: Path) -> Extracted:
         lzma.LZMAError,
         EOFError,
         OSError,
-        RuntimeError,
-        NotImplementedError,
+        RuntimeError,  # encrypted members, and as NotImplementedError unknown compressions
         ValueError,
     ) as error:
         shutil.rmtree(folder, ignore_errors=True)

@@ -114,7 +114,7 @@ def _exit(code: int) -> NoReturn:
 if __name__ == "__main__":
     try:
         exit_code = main(sys.argv[1:])
-    except Exception:
+    except Exception:  # nobody is above: the log gets all of it, and the launcher exit code 1
         with contextlib.suppress(OSError):
             traceback.print_exc()
         _exit(1)

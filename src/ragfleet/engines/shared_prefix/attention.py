@@ -94,14 +94,11 @@ def batched_part(
     key: torch.Tensor,
     value: torch.Tensor,
     scaling: float,
-    mask: torch.Tensor | None = None,
+    mask: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As two batched products: [a, queries, dim] over [a, keys, dim], `mask` added to the scores;
     outputs [a, queries, dim], and the fp32 log-sum-exp of the scores [a, queries]."""
-    if mask is None:
-        scores = torch.bmm(query * scaling, key.transpose(1, 2)).float()
-    else:
-        scores = torch.baddbmm(mask, query, key.transpose(1, 2), alpha=scaling).float()
+    scores = torch.baddbmm(mask, query, key.transpose(1, 2), alpha=scaling).float()
     probs = torch.softmax(scores, dim=-1)
     # exp(top - lse) is the top's probability.
     lse = scores.amax(dim=-1) - probs.amax(dim=-1).log()

@@ -203,8 +203,8 @@ def cost(requests: Sequence[Prepared], spec: WorkloadSpec) -> int:
 # ---- processes
 
 
-class ArmEnded(Exception):
-    """An arm's process ended; its last line."""
+class ArmEnded(SystemExit):
+    """An arm's process ended; its last line. Ends the benchmark where it is not caught."""
 
 
 class ArmProcess:
@@ -242,7 +242,7 @@ class ArmProcess:
         if not line:
             said = Path(self.log.name).read_text(errors="replace").splitlines()
             print("\n".join(said[-20:]), file=sys.stderr)
-            raise ArmEnded(said[-1] if said else "it said nothing")
+            raise ArmEnded(f"its process ended: {said[-1] if said else 'it said nothing'}")
         answer: dict[str, Any] = json.loads(line)
         return answer
 
@@ -348,7 +348,7 @@ def measure_row(
             try:
                 result = processes[process_name].answer(work, spec, order)
             except ArmEnded as error:  # the others go on; the next row starts it again
-                print(f"  {name}, round {number + 1}, {arm}: its process ended: {error}")
+                print(f"  {name}, round {number + 1}, {arm}: {error}")
                 processes.pop(process_name).close()
                 ended.add(process_name)
                 continue

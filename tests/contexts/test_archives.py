@@ -190,6 +190,6 @@ def test_a_compression_that_nobody_knows(tmp_path: Path) -> None:
     for header, place in ((b"PK\3\4", 8), (b"PK\1\2", 10)):
         data[data.index(header) + place] = 77
     wheel.write_bytes(data)
-    with pytest.raises(ArchiveError, match="can't be read: .*compression method"):
+    with pytest.raises(ArchiveError, match=r"can't be read: .*compression method"):
         extract(wheel, tmp_path / "out")
     assert not (tmp_path / "out").exists()

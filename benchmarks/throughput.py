@@ -13,6 +13,9 @@ process of its own with the same threads and model, answer these ids in turn:
   raw vLLM: best         equal requests once and those of one context together
   ours on transformers   equal requests once, in the order of ragfleet's planner, through the engine
   ours on vLLM           the same on vLLM
+  …, a core each         a process of one thread for each core, as --num_workers auto starts them;
+                         prefix groups are shared out whole, the slowest process counts (only
+                         where --arms names them)
 
 Loading is not counted, prefix caches are emptied before each pass, arms take turns in a round.
 naive and static answer a part of the requests, naive another one in each round, and their time is
@@ -28,7 +31,6 @@ makes .venv-vllm.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import json
 import os
@@ -37,11 +39,19 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+from arm_processes import (
+    ROOT,
+    ArmEnded,
+    ArmProcess,
+    Work,
+    Workers,
+    closing_all,
+)
 from ragfleet import RunConfig
 from ragfleet.engines.protocol import Prepared
 from ragfleet.plan import CostModel
@@ -50,7 +60,6 @@ from ragfleet.tokens import load_tokenizer
 from workloads import (
     ARCHITECTURES,
     SHAPES,
-    TokenCounts,
     WorkloadSpec,
     count_tokens,
     distinct,
@@ -61,7 +70,6 @@ from workloads import (
     write_records,
 )
 
-ROOT: Final = Path(__file__).resolve().parent.parent
 MODELS: Final = Path(tempfile.gettempdir()) / "ragfleet-benchmark-models"
 RUNNING: Final = 256
 """Requests that vLLM runs at a time on the CPU; the cache must hold their own parts too."""
@@ -92,7 +100,11 @@ ARMS: Final = {  # arm → (its process, the order it answers in)
     "raw vLLM: best": ("raw vLLM", "best"),
     "ours on transformers": ("ours on transformers", "planned"),
     "ours on vLLM": ("ours on vLLM", "planned"),
+    "raw vLLM: best, a core each": ("raw vLLM", "best"),
+    "ours on transformers, a core each": ("ours on transformers", "planned"),
 }
+EACH: Final = ", a core each"
+"""Arms of as many processes as there are threads, each with one of them."""
 DEDUP_ROWS: Final = ("shared", "little cache")
 """Where the gains of dedup and of order are shown apart; elsewhere one of the two is nothing."""
 PLAIN_ROWS: Final = ("shared", "unshared")
@@ -100,17 +112,6 @@ PLAIN_ROWS: Final = ("shared", "unshared")
 
 
 # ---- the work
-
-
-@dataclass
-class Work:
-    """One row's requests, and the orders in which arms take them (indices into `requests`)."""
-
-    requests: list[Prepared]
-    orders: dict[str, list[int]]
-    counts: TokenCounts
-    kv_bytes: int
-    max_model_len: int
 
 
 def make_work(row: Row, args: argparse.Namespace, model_dir: Path, folder: Path) -> Work:
@@ -200,94 +201,6 @@ def cost(requests: Sequence[Prepared], spec: WorkloadSpec) -> int:
     return sum(len(request.token_ids) + 20 * spec.max_new_tokens for request in requests)
 
 
-# ---- processes
-
-
-class ArmEnded(SystemExit):
-    """An arm's process ended; its last line. Ends the benchmark where it is not caught."""
-
-
-class ArmProcess:
-    """throughput_arm.py, loaded and waiting. `prefix`: of its files, where there are two."""
-
-    def __init__(
-        self, name: str, python: str, settings: dict[str, Any], folder: Path, prefix: str = ""
-    ) -> None:
-        self.name, self.settings = name, settings
-        stem = (prefix + name).replace(" ", "_")
-        file = folder / f"{stem}.json"
-        file.write_text(json.dumps(settings))
-        threads = str(settings["threads"])
-        self.log = open(folder / f"{stem}.log", "ab")  # noqa: SIM115
-        self.process = subprocess.Popen(
-            [python, str(ROOT / "benchmarks" / "throughput_arm.py"), name, str(file)],
-            env={
-                **os.environ,
-                "PYTHONPATH": str(ROOT / "src"),
-                "OMP_NUM_THREADS": threads,
-                "MKL_NUM_THREADS": threads,
-                "VLLM_LOGGING_LEVEL": "ERROR",
-                "VLLM_NO_USAGE_STATS": "1",
-            },
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self.log,
-            text=True,
-        )
-        self.is_ready = False
-
-    def read(self) -> dict[str, Any]:
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        if not line:
-            said = Path(self.log.name).read_text(errors="replace").splitlines()
-            print("\n".join(said[-20:]), file=sys.stderr)
-            raise ArmEnded(f"its process ended: {said[-1] if said else 'it said nothing'}")
-        answer: dict[str, Any] = json.loads(line)
-        return answer
-
-    def warm_up(self, work: Work, spec: WorkloadSpec) -> None:
-        """Wait until it has loaded; then threads, buffers and kernels built at the first call."""
-        if not self.is_ready:
-            self.read()
-            self.answer(work, spec, work.orders["file"][:3])
-            self.is_ready = True
-
-    def answer(self, work: Work, spec: WorkloadSpec, order: Sequence[int]) -> dict[str, Any]:
-        self.ask(work, spec, order)
-        return self.read()
-
-    def ask(self, work: Work, spec: WorkloadSpec, order: Sequence[int]) -> None:
-        assert self.process.stdin is not None
-        task = {
-            "ids": [list(request.token_ids) for request in work.requests],
-            "seeds": [r.request.seed if spec.temperature else None for r in work.requests],
-            "order": list(order),
-            "temperature": spec.temperature,
-        }
-        self.process.stdin.write(json.dumps(task) + "\n")
-        self.process.stdin.flush()
-
-    def close(self) -> None:
-        assert self.process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):
-            self.process.stdin.close()
-        try:
-            self.process.wait(20)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-        self.log.close()
-
-
-@contextlib.contextmanager
-def closing_all(processes: dict[str, ArmProcess]) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        for process in processes.values():
-            process.close()
-
-
 # ---- measuring
 
 
@@ -299,19 +212,16 @@ class Measured:
     answers: dict[bytes, list[int]] = field(default_factory=dict)
 
 
-def measure_row(
-    name: str,
+def load_arms(
+    arms: Sequence[str],
+    work: Work,
+    spec: WorkloadSpec,
     args: argparse.Namespace,
     model_dir: Path,
-    processes: dict[str, ArmProcess],
+    processes: dict[str, ArmProcess | Workers],
     folder: Path,
-) -> tuple[Work, dict[str, Measured]]:
-    row = ROWS[name]
-    spec = row.spec
-    work = make_work(row, args, model_dir, folder)
-    arms = [arm for arm in args.arms if arm != "raw vLLM: dedup" or name in DEDUP_ROWS]
-    if name not in PLAIN_ROWS:
-        arms = [arm for arm in arms if arm not in ("naive", "static")]
+) -> None:
+    """Start what is not there yet, or has other settings, and wait until all have loaded."""
     settings = {
         "model": str(model_dir),
         "threads": args.threads,
@@ -320,25 +230,48 @@ def measure_row(
         "kv_bytes": work.kv_bytes,
         "max_model_len": work.max_model_len,
     }
-    found: dict[str, Measured] = {arm: Measured() for arm in arms}
     for arm in arms:
         process_name = ARMS[arm][0]
         needs = ("model", "threads", "max_new_tokens")
         if "vLLM" in process_name:
-            needs += ("kv_bytes", "max_model_len")
-        old = processes.get(process_name)
+            needs = (*needs, "kv_bytes", "max_model_len")
+        key = process_of(arm)
+        old = processes.get(key)
         if old is not None and any(old.settings[n] != settings[n] for n in needs):
-            processes.pop(process_name).close()
-        if process_name not in processes:
+            processes.pop(key).close()
+        if key not in processes:
             python = args.vllm_python if "vLLM" in process_name else sys.executable
-            processes[process_name] = ArmProcess(process_name, python, settings, folder)
+            made: ArmProcess | Workers
+            if arm.endswith(EACH):
+                made = Workers(process_name, python, settings, folder, args.threads)
+            else:
+                made = ArmProcess(process_name, python, settings, folder)
+            processes[key] = made
     for arm in arms:  # they load together
-        processes[ARMS[arm][0]].warm_up(work, spec)
+        processes[process_of(arm)].warm_up(work, spec)
+
+
+def measure_row(
+    name: str,
+    args: argparse.Namespace,
+    model_dir: Path,
+    processes: dict[str, ArmProcess | Workers],
+    folder: Path,
+) -> tuple[Work, dict[str, Measured]]:
+    row = ROWS[name]
+    spec = row.spec
+    work = make_work(row, args, model_dir, folder)
+    arms = [arm for arm in args.arms if arm != "raw vLLM: dedup" or name in DEDUP_ROWS]
+    if name not in PLAIN_ROWS:
+        arms = [arm for arm in arms if arm not in ("naive", "static")]
+    found: dict[str, Measured] = {arm: Measured() for arm in arms}
+    load_arms(arms, work, spec, args, model_dir, processes, folder)
     ended: set[str] = set()
     for number in range(args.rounds):
         for arm in arms:
             process_name, order_name = ARMS[arm]
-            if process_name in ended:
+            key = process_of(arm)
+            if key in ended:
                 continue
             if number and process_name in ("naive", "static") and args.quick:
                 continue
@@ -346,11 +279,11 @@ def measure_row(
             if order_name == "sample":  # another part each round: after n rounds it was all
                 order = order[number % args.naive_every :: args.naive_every]
             try:
-                result = processes[process_name].answer(work, spec, order)
+                result = processes[key].answer(work, spec, order)
             except ArmEnded as error:  # the others go on; the next row starts it again
                 print(f"  {name}, round {number + 1}, {arm}: {error}")
-                processes.pop(process_name).close()
-                ended.add(process_name)
+                processes.pop(key).close()
+                ended.add(key)
                 continue
             scale = 1.0
             if process_name in ("naive", "static"):
@@ -362,7 +295,12 @@ def measure_row(
             for place, answer in zip(order, result["answers"], strict=True):
                 measured.answers[work.requests[place].key] = answer
             print(f"  {name}, round {number + 1}, {arm}: {measured.seconds[-1]:.1f} s", flush=True)
-    return work, {arm: found[arm] for arm in arms if ARMS[arm][0] not in ended}
+    return work, {arm: found[arm] for arm in arms if process_of(arm) not in ended}
+
+
+def process_of(arm: str) -> str:
+    """The process, or processes, that answer for an arm."""
+    return ARMS[arm][0] + (EACH if arm.endswith(EACH) else "")
 
 
 def identical(
@@ -396,7 +334,7 @@ def report(
         f" tokens {counts.all:,}, distinct {counts.distinct:,}, shared once {counts.shared:,};"
         f" temperature {spec.temperature:g}; floor {floor_s:.1f} s"
     )
-    print(f"  {'arm':22} {'s':>7} {'x naive':>8} {'x raw file':>11} {'prefilled':>10}"
+    print(f"  {'arm':33} {'s':>7} {'x naive':>8} {'x raw file':>11} {'prefilled':>10}"
           f" {'% of floor':>10}  identical")  # fmt: skip
     lines = []
     for arm, measured in found.items():
@@ -413,7 +351,7 @@ def report(
         lines.append(line)
         prefilled = "-" if measured.prefilled is None else f"{measured.prefilled:,}"
         print(
-            f"  {arm:22} {statistics.median(measured.seconds):7.1f} {shown(line['x_naive']):>8}"
+            f"  {arm:33} {statistics.median(measured.seconds):7.1f} {shown(line['x_naive']):>8}"
             f" {shown(line['x_raw_file']):>11} {prefilled:>10} {line['floor_share']:>9.0%}"
             f"   {line['identical']}"
         )
@@ -423,6 +361,9 @@ def report(
         ("ours on vLLM : raw in its best order", "raw vLLM: best", "ours on vLLM"),
         ("ours on transformers : raw vLLM in its best order", "raw vLLM: best",
          "ours on transformers"),
+        (f"the same, each{EACH}", "raw vLLM: best" + EACH, "ours on transformers" + EACH),
+        ("ours on transformers, a core each : raw vLLM in its best order", "raw vLLM: best",
+         "ours on transformers" + EACH),
     ):  # fmt: skip
         value = ratio(found, slow, fast)
         if value is not None:
@@ -488,7 +429,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="a seventh of the records, one round")
     parser.add_argument("--vllm_python", help="interpreter of an environment with vLLM")
     parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS))
-    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
+    usual = [arm for arm in ARMS if not arm.endswith(EACH)]
+    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=usual)
     parser.add_argument("--arch", choices=list(ARCHITECTURES), default="llama")
     parser.add_argument("--rounds", type=int, help="default 3, with --quick 1")
     parser.add_argument("--fraction", type=float, help="of the records; default 1, --quick 0.15")
@@ -508,7 +450,7 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     model_dir = make_model(args.arch, MODELS)
-    processes: dict[str, ArmProcess] = {}
+    processes: dict[str, ArmProcess | Workers] = {}
     lines: list[dict[str, Any]] = []
     naive_answers: dict[bytes, list[int]] = {}
     with tempfile.TemporaryDirectory() as name, closing_all(processes):

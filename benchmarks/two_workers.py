@@ -20,30 +20,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from throughput import MODELS, ROWS, ArmProcess, Work, closing_all, make_work, scaled
+from arm_processes import ArmProcess, Work, closing_all, shared_out
+from throughput import MODELS, ROWS, make_work, scaled
 from workloads import ARCHITECTURES, WorkloadSpec, make_model
 
 ENGINES: Final = ("ours on transformers", "ours on vLLM")
 LIMIT: Final = "matrix product"
 SECOND: Final = "second "
-
-
-def halves(work: Work) -> list[list[int]]:
-    """The planned order, its prefix groups shared out: the largest to whoever has least."""
-    groups: dict[str, list[int]] = {}
-    for number in work.orders["planned"]:
-        groups.setdefault(work.requests[number].request.context, []).append(number)
-    tokens = {
-        context: sum(len(work.requests[n].token_ids) for n in numbers)
-        for context, numbers in groups.items()
-    }
-    parts: tuple[list[int], list[int]] = ([], [])
-    loads = [0, 0]
-    for context in sorted(groups, key=tokens.__getitem__, reverse=True):
-        less = int(loads[1] < loads[0])
-        parts[less].extend(groups[context])
-        loads[less] += tokens[context]
-    return list(parts)
 
 
 def seconds_of(
@@ -59,7 +42,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     row = ROWS["shared"]
     model_dir = make_model(args.arch, MODELS)
     work = make_work(row, args, model_dir, folder)
-    planned, parts = work.orders["planned"], halves(work)
+    planned, parts = work.orders["planned"], shared_out(work, work.orders["planned"], 2)
     settings = {
         "model": str(model_dir),
         "threads": 1,

@@ -1,6 +1,6 @@
 """What the shared-prefix loop's scheduler costs the host, without a model.
 
-    python benchmarks/scheduler_cost.py [--slots 256] [--new_tokens 128]
+    python benchmarks/scheduler_cost.py [--slots 256] [--new_tokens 128] [--least_free 1]
 
 Prompts of random ids: 40 that all have, a context of 512 or 4,096, asked by 1, 4 or 16 in a row, a
 question of 30. Answers have `--new_tokens` on average, half as many at least. Twice as many prompts
@@ -120,6 +120,7 @@ def main() -> None:
     parser.add_argument("--new_tokens", type=int, default=128)
     parser.add_argument("--pass_tokens", type=int, default=4096)
     parser.add_argument("--pool_tokens", type=int, default=400_000)
+    parser.add_argument("--least_free", type=int, default=1)
     parser.add_argument("--records", type=int, default=768)
     args = parser.parse_args()
     limits = Limits(
@@ -127,6 +128,7 @@ def main() -> None:
         max_new_tokens=args.new_tokens * 3 // 2,  # lengths are even between a third and all of it
         pool_tokens=args.pool_tokens,
         pass_tokens=args.pass_tokens,
+        least_free=args.least_free,
     )
     for context_tokens in (512, 4096):
         for share in (1, 4, 16):

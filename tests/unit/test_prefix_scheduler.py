@@ -19,6 +19,7 @@ from ragfleet.engines.shared_prefix.prefixes import (
     pack,
     shared_ends,
 )
+from ragfleet.engines.shared_prefix.rounds import Rounds
 from ragfleet.engines.shared_prefix.scheduler import Limits, Range, Run, Scheduler
 
 LIMITS = Limits(num_slots=4, max_new_tokens=6, pool_tokens=400, pass_tokens=90, own_tokens=20)
@@ -135,6 +136,7 @@ def workloads(draw: st.DrawFn) -> tuple[list[list[int]], list[int], Limits, int]
         pool_tokens=draw(st.integers(longest - 1, 600)),
         pass_tokens=draw(st.integers(20, 120)),
         own_tokens=draw(st.integers(1, 20)),
+        least_free=draw(st.sampled_from([1, 1, 2, 3, 7])),
     )
     return prompts, [rng.randint(1, 6) for _ in prompts], limits, draw(st.integers(1, 12))
 
@@ -220,6 +222,97 @@ def first_runs(scheduler: Scheduler) -> int:
     return sum(run.slot >= 0 for run in scheduler.next_pass().runs)
 
 
+def test_a_round_waits_until_enough_slots_are_free_and_then_fills_all() -> None:
+    scheduler = Scheduler(dataclasses.replace(LIMITS, least_free=3, pass_tokens=15))
+    for number in range(20):
+        scheduler.submit(bytes([number]), [number] * 10)
+    assert [first_runs(scheduler) for _ in range(5)] == [1, 1, 1, 1, 0]
+    scheduler.release(0)
+    scheduler.release(1)
+    assert first_runs(scheduler) == 0, "two are free, it waits for three"
+    scheduler.release(2)
+    assert first_runs(scheduler) == 1, "a pass has room for one prompt"
+    scheduler.release(0)
+    following = [first_runs(scheduler) for _ in range(4)]
+    assert following == [1, 1, 1, 0], "it goes on, and with what becomes free meanwhile"
+    scheduler.release(0)
+    scheduler.release(1)
+    assert first_runs(scheduler) == 0, "all were taken: that ended it"
+
+
+def test_a_round_begins_at_the_latest_when_nothing_runs() -> None:
+    scheduler = Scheduler(dataclasses.replace(LIMITS, least_free=99))
+    for number in range(12):
+        scheduler.submit(bytes([number]), [number] * 10)
+    assert first_runs(scheduler) == 4
+    for slot in range(3):
+        scheduler.release(slot)
+        assert first_runs(scheduler) == 0
+    scheduler.release(3)
+    assert first_runs(scheduler) == 4
+
+
+def test_few_requests_need_not_wait_for_others() -> None:
+    scheduler = Scheduler(dataclasses.replace(LIMITS, least_free=2))
+    for number in range(4):
+        scheduler.submit(bytes([number]), [number] * 10)
+        assert first_runs(scheduler) == 1, "no slot was taken in vain: the round goes on"
+    scheduler.release(1)
+    scheduler.submit(b"a", [9] * 10)
+    assert first_runs(scheduler) == 0
+
+
+def test_a_round_that_a_full_pool_ended_waits_for_the_same_part_of_what_runs() -> None:
+    rounds = Rounds(num_slots=256, least_free=32)
+    assert rounds.may_admit(0)
+    rounds.refused(80)
+    assert not rounds.may_admit(71)
+    assert rounds.may_admit(70)
+    rounds.refused(5)
+    assert not rounds.may_admit(5)
+    assert rounds.may_admit(4)
+
+
+def test_a_full_pool_too_is_left_until_enough_are_done() -> None:
+    scheduler = Scheduler(
+        Limits(num_slots=8, max_new_tokens=6, pool_tokens=400, pass_tokens=500, least_free=4)
+    )
+    for number in range(7):
+        scheduler.submit(bytes([number]), [number] * 100)
+    assert first_runs(scheduler) == 4
+    scheduler.release(1)
+    assert first_runs(scheduler) == 0, "half of the slots, so half of the four"
+    scheduler.submit(b"one more", [9] * 100)
+    assert first_runs(scheduler) == 0
+    scheduler.release(3)
+    assert first_runs(scheduler) == 2
+
+
+@pytest.mark.parametrize("least_free", [1, 2, 4, 9])
+def test_nobody_starves_while_others_keep_coming(least_free: int) -> None:
+    """A request that is first starts within one answer's time."""
+    rng = random.Random(least_free)
+    limits = dataclasses.replace(LIMITS, least_free=least_free)
+    scheduler = Scheduler(limits)
+    left: dict[int, int] = {}
+    submitted, gap = 0, 0
+    for _ in range(600):
+        while scheduler.num_waiting < 8:
+            prompt = [submitted % 7] * 30 + rng.choices(range(9), k=rng.randint(1, 150))
+            scheduler.submit(submitted.to_bytes(16, "big"), prompt)
+            submitted += 1
+        scheduled = scheduler.next_pass()
+        started = {run.slot for run in scheduled.runs if run.slot >= 0}
+        for slot in started | {row.slot for row in scheduled.rows}:
+            left[slot] = left.get(slot) or rng.randint(1, limits.max_new_tokens)
+            left[slot] -= 1
+            if not left[slot]:
+                scheduler.release(slot)
+        gap = 0 if started else gap + 1
+        assert gap <= limits.max_new_tokens + 3, "the longest answer, and three passes to read"
+    assert submitted > 200
+
+
 def test_nodes_are_laid_again_when_all_was_evicted_for_them() -> None:
     """The first of two stood where the second alone has room."""
     limits = dataclasses.replace(LIMITS, pool_tokens=95, own_tokens=5)
@@ -232,6 +325,26 @@ def test_nodes_are_laid_again_when_all_was_evicted_for_them() -> None:
     scheduler.submit(b"b", [3] * 30 + [5])
     runs = scheduler.next_pass().runs
     assert [run.pool_offset for run in runs[:2]] == [0, 50]
+
+
+def test_what_follows_a_dropped_request_that_did_not_fit_is_tried_at_once() -> None:
+    scheduler = Scheduler(LIMITS)
+    scheduler.submit(b"a", [1] * 300)
+    for _ in range(4):
+        scheduler.next_pass()
+    scheduler.submit(b"b", [2] * 300)
+    scheduler.submit(b"c", [3] * 10)
+    assert first_runs(scheduler) == 0
+    assert scheduler.drop(b"b")
+    assert first_runs(scheduler) == 1
+    scheduler.submit(b"d", [4] * 300)
+    for number in range(4):
+        scheduler.submit(bytes([number]), [number] * 10)
+    assert first_runs(scheduler) == 0
+    scheduler.release(0)
+    assert sum(first_runs(scheduler) for _ in range(5)) == 3
+    assert scheduler.drop(bytes([3])), "now slots are missing, and this makes none"
+    assert first_runs(scheduler) == 0
 
 
 def test_what_nobody_stands_on_goes_first_when_the_pool_is_full() -> None:

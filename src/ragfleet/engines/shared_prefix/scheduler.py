@@ -3,7 +3,8 @@
 Owns admission, slots and eviction. A request is admitted, first come first served, when a slot is
 free and the pool has room for what it alone needs; what it shares is charged once. A pass holds one
 decode step of every running slot, and as many prompt tokens of newly admitted requests as fit, so
-that a slot is filled again in the pass after it became free.
+that a slot is filled again in the pass after it became free; or, where such passes are costly, in
+rounds (`rounds`).
 
 What a request's own part has in common with that of one that runs on the same nodes is copied from
 slot to slot, not read again: questions often begin alike.
@@ -33,6 +34,7 @@ from ragfleet.engines.shared_prefix.prefixes import (
     pack,
     shared_ends,
 )
+from ragfleet.engines.shared_prefix.rounds import Rounds
 
 OWN_TOKENS: Final = 64
 """Most prompt tokens that stand in a slot, beside the answer; longer rests get a node."""
@@ -50,6 +52,8 @@ class Limits:
     pass_tokens: int
     """Most tokens of a pass, if the running slots with one request's own tokens are not more."""
     own_tokens: int = OWN_TOKENS
+    least_free: int = 1
+    """Free slots that a round of admission waits for, where a pass with runs is best a rare one."""
 
     @property
     def slot_tokens(self) -> int:
@@ -145,6 +149,7 @@ class Scheduler:
         self._running: dict[int, _Entry] = {}
         self._decoding: list[_Entry] = []
         """Those that run, in the order of their rows."""
+        self._rounds = Rounds(limits.num_slots, limits.least_free)
 
     def fits(self, num_tokens: int) -> bool:
         """Whether a prompt of so many tokens can be admitted at all."""
@@ -197,6 +202,8 @@ class Scheduler:
         kept = [entry for entry in self._waiting if entry.key != key]
         dropped = len(kept) < len(self._waiting)
         self._waiting = deque(kept)
+        if dropped:
+            self._rounds.forget_refused()
         return dropped
 
     def take_back(self) -> list[RequestKey]:
@@ -291,7 +298,7 @@ class Scheduler:
 
     def _admit(self) -> bool:
         """Give the first waiting request a slot, and places in the pool; False if it must wait."""
-        if not self._waiting or not self._slots:
+        if not self._waiting or not self._rounds.may_admit(self.num_admitted):
             return False
         entry = self._waiting[0]
         chain = self._tree.match(entry.packed)
@@ -302,6 +309,7 @@ class Scheduler:
             chain = []
             new = self._grow(entry, chain)
         if new is None:
+            self._rounds.refused(self.num_admitted)
             return False
         self._waiting.popleft()
         self._reading += new
@@ -309,6 +317,7 @@ class Scheduler:
         self._put(entry, chain + new)
         self._reading.append(entry)
         self.prompt_tokens += len(entry.token_ids)
+        self._rounds.admitted(self.num_admitted)
         return True
 
     def _put(self, entry: _Entry, chain: list[Node]) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
@@ -300,12 +299,12 @@ def in_pairs(count: int) -> list[Request]:
 
 
 def without_a_block(rows: Sequence[Row]) -> list[Row]:
-    return [replace(row, reads=(*cut(row, 0, 48), *cut(row, 64, 10**6))) for row in rows]
+    return [row._replace(reads=(*cut(row, 0, 48), *cut(row, 64, 10**6))) for row in rows]
 
 
 def with_a_neighbours_block(rows: Sequence[Row]) -> list[Row]:
     return [
-        replace(row, reads=(*cut(row, 0, 48), *cut(other, 48, 64), *cut(row, 64, 10**6)))
+        row._replace(reads=(*cut(row, 0, 48), *cut(other, 48, 64), *cut(row, 64, 10**6)))
         for row, other in zip(rows, [*rows[1:], *rows[:1]], strict=True)
     ]
 

@@ -13,10 +13,13 @@ from hypothesis import strategies as st
 from ragfleet.engines.shared_prefix.pool import Pool
 from ragfleet.engines.shared_prefix.prefixes import (
     MOST_SHARED_LEVELS,
+    Node,
+    PrefixTree,
     common_tokens,
     pack,
     shared_ends,
 )
+from ragfleet.engines.shared_prefix.rounds import Rounds
 from ragfleet.engines.shared_prefix.scheduler import Limits, Range, Run, Scheduler
 
 LIMITS = Limits(num_slots=4, max_new_tokens=6, pool_tokens=400, pass_tokens=90, own_tokens=20)
@@ -66,7 +69,8 @@ class Mirror:
         """One pass; False when there was nothing to do."""
         scheduled = self.scheduler.next_pass()
         limits = self.scheduler.limits
-        assert scheduled.num_tokens <= max(limits.pass_tokens, limits.num_slots, limits.own_tokens)
+        most_read = limits.pass_tokens - 1 + limits.own_tokens
+        assert scheduled.num_tokens <= max(limits.pass_tokens, limits.num_slots, most_read)
         seen_slots = [row.slot for row in scheduled.rows]
         fed = []
         for row in scheduled.rows:
@@ -132,6 +136,7 @@ def workloads(draw: st.DrawFn) -> tuple[list[list[int]], list[int], Limits, int]
         pool_tokens=draw(st.integers(longest - 1, 600)),
         pass_tokens=draw(st.integers(20, 120)),
         own_tokens=draw(st.integers(1, 20)),
+        least_free=draw(st.sampled_from([1, 1, 2, 3, 7])),
     )
     return prompts, [rng.randint(1, 6) for _ in prompts], limits, draw(st.integers(1, 12))
 
@@ -190,6 +195,12 @@ def test_what_questions_begin_with_alike_is_copied_not_read() -> None:
     prompts += [[*context, 100 + number] for number in range(3)]
     mirror = play(prompts, [6] * 6, dataclasses.replace(LIMITS, num_slots=6), 6)
     assert len(mirror.read) == 40 + 8 + 3 * 5 + 3
+    following = [[*context, *[2] * number, 50 + number, 60] for number in (8, 9, 10)]
+    mirror = play([[*context, 100], *following], [6] * 4, LIMITS, 4)
+    assert len(mirror.read) == 40 + 1 + (8 + 2) + 3 + 3, "from the one that has most of it"
+    elsewhere = [[*[3] * 40, 9], [*[4] * 40, *question, 1], [*[3] * 40, *question, 2], [4] * 41]
+    mirror = play(elsewhere, [6] * 4, LIMITS, 4)
+    assert len(mirror.read) == 2 * 40 + 1 + 9 + 9 + 1, "it stands in another context there"
     alone = play(prompts, [6] * 6, dataclasses.replace(LIMITS, num_slots=1), 6)
     assert len(alone.read) == 40 + 3 * (8 + 5) + 3, "nobody is left to copy from"
 
@@ -204,6 +215,136 @@ def test_slots_are_filled_again_in_the_next_pass() -> None:
     following = scheduler.next_pass()
     assert [row.slot for row in following.rows] == [0, 2]
     assert sorted(run.slot for run in following.runs) == [1, 3]
+
+
+def first_runs(scheduler: Scheduler) -> int:
+    """How many requests the next pass starts."""
+    return sum(run.slot >= 0 for run in scheduler.next_pass().runs)
+
+
+def test_a_round_waits_until_enough_slots_are_free_and_then_fills_all() -> None:
+    scheduler = Scheduler(dataclasses.replace(LIMITS, least_free=3, pass_tokens=15))
+    for number in range(20):
+        scheduler.submit(bytes([number]), [number] * 10)
+    assert [first_runs(scheduler) for _ in range(5)] == [1, 1, 1, 1, 0]
+    scheduler.release(0)
+    scheduler.release(1)
+    assert first_runs(scheduler) == 0, "two are free, it waits for three"
+    scheduler.release(2)
+    assert first_runs(scheduler) == 1, "a pass has room for one prompt"
+    scheduler.release(0)
+    following = [first_runs(scheduler) for _ in range(4)]
+    assert following == [1, 1, 1, 0], "it goes on, and with what becomes free meanwhile"
+    scheduler.release(0)
+    scheduler.release(1)
+    assert first_runs(scheduler) == 0, "all were taken: that ended it"
+
+
+def test_a_round_begins_at_the_latest_when_nothing_runs() -> None:
+    scheduler = Scheduler(dataclasses.replace(LIMITS, least_free=99))
+    for number in range(12):
+        scheduler.submit(bytes([number]), [number] * 10)
+    assert first_runs(scheduler) == 4
+    for slot in range(3):
+        scheduler.release(slot)
+        assert first_runs(scheduler) == 0
+    scheduler.release(3)
+    assert first_runs(scheduler) == 4
+
+
+def test_few_requests_need_not_wait_for_others() -> None:
+    scheduler = Scheduler(dataclasses.replace(LIMITS, least_free=2))
+    for number in range(4):
+        scheduler.submit(bytes([number]), [number] * 10)
+        assert first_runs(scheduler) == 1, "no slot was taken in vain: the round goes on"
+    scheduler.release(1)
+    scheduler.submit(b"a", [9] * 10)
+    assert first_runs(scheduler) == 0
+
+
+def test_a_round_that_a_full_pool_ended_waits_for_the_same_part_of_what_runs() -> None:
+    rounds = Rounds(num_slots=256, least_free=32)
+    assert rounds.may_admit(0)
+    rounds.refused(80)
+    assert not rounds.may_admit(71)
+    assert rounds.may_admit(70)
+    rounds.refused(5)
+    assert not rounds.may_admit(5)
+    assert rounds.may_admit(4)
+
+
+def test_a_full_pool_too_is_left_until_enough_are_done() -> None:
+    scheduler = Scheduler(
+        Limits(num_slots=8, max_new_tokens=6, pool_tokens=400, pass_tokens=500, least_free=4)
+    )
+    for number in range(7):
+        scheduler.submit(bytes([number]), [number] * 100)
+    assert first_runs(scheduler) == 4
+    scheduler.release(1)
+    assert first_runs(scheduler) == 0, "half of the slots, so half of the four"
+    scheduler.submit(b"one more", [9] * 100)
+    assert first_runs(scheduler) == 0
+    scheduler.release(3)
+    assert first_runs(scheduler) == 2
+
+
+@pytest.mark.parametrize("least_free", [1, 2, 4, 9])
+def test_nobody_starves_while_others_keep_coming(least_free: int) -> None:
+    """A request that is first starts within one answer's time."""
+    rng = random.Random(least_free)
+    limits = dataclasses.replace(LIMITS, least_free=least_free)
+    scheduler = Scheduler(limits)
+    left: dict[int, int] = {}
+    submitted, gap = 0, 0
+    for _ in range(600):
+        while scheduler.num_waiting < 8:
+            prompt = [submitted % 7] * 30 + rng.choices(range(9), k=rng.randint(1, 150))
+            scheduler.submit(submitted.to_bytes(16, "big"), prompt)
+            submitted += 1
+        scheduled = scheduler.next_pass()
+        started = {run.slot for run in scheduled.runs if run.slot >= 0}
+        for slot in started | {row.slot for row in scheduled.rows}:
+            left[slot] = left.get(slot) or rng.randint(1, limits.max_new_tokens)
+            left[slot] -= 1
+            if not left[slot]:
+                scheduler.release(slot)
+        gap = 0 if started else gap + 1
+        assert gap <= limits.max_new_tokens + 3, "the longest answer, and three passes to read"
+    assert submitted > 200
+
+
+def test_nodes_are_laid_again_when_all_was_evicted_for_them() -> None:
+    """The first of two stood where the second alone has room."""
+    limits = dataclasses.replace(LIMITS, pool_tokens=95, own_tokens=5)
+    scheduler = Scheduler(limits)
+    scheduler.submit(b"evicted", [1] * 41)  # [0, 40)
+    scheduler.submit(b"running", [2] * 11)  # [40, 50)
+    assert first_runs(scheduler) == 2
+    scheduler.release(0)
+    scheduler.submit(b"a", [3] * 30 + [4] * 46)
+    scheduler.submit(b"b", [3] * 30 + [5])
+    runs = scheduler.next_pass().runs
+    assert [run.pool_offset for run in runs[:2]] == [0, 50]
+
+
+def test_what_follows_a_dropped_request_that_did_not_fit_is_tried_at_once() -> None:
+    scheduler = Scheduler(LIMITS)
+    scheduler.submit(b"a", [1] * 300)
+    for _ in range(4):
+        scheduler.next_pass()
+    scheduler.submit(b"b", [2] * 300)
+    scheduler.submit(b"c", [3] * 10)
+    assert first_runs(scheduler) == 0
+    assert scheduler.drop(b"b")
+    assert first_runs(scheduler) == 1
+    scheduler.submit(b"d", [4] * 300)
+    for number in range(4):
+        scheduler.submit(bytes([number]), [number] * 10)
+    assert first_runs(scheduler) == 0
+    scheduler.release(0)
+    assert sum(first_runs(scheduler) for _ in range(5)) == 3
+    assert scheduler.drop(bytes([3])), "now slots are missing, and this makes none"
+    assert first_runs(scheduler) == 0
 
 
 def test_what_nobody_stands_on_goes_first_when_the_pool_is_full() -> None:
@@ -234,6 +375,9 @@ def test_neighbouring_heads_are_told_apart() -> None:
     assert shared_ends(group, others, 0, MOST_SHARED_LEVELS, 64) == [20, 70]
     assert shared_ends(group, others, 20, 1, 50) == [70]
     assert shared_ends(group, [], 0, MOST_SHARED_LEVELS, 64) == []
+    least = [pack([1] * 16 + [5])] * 9
+    assert shared_ends(group, least, 0, MOST_SHARED_LEVELS, 64) == [16]
+    assert shared_ends(group, [pack([1] * 15 + [5])] * 9, 0, MOST_SHARED_LEVELS, 64) == []
 
 
 def test_contexts_that_begin_alike_keep_a_node_of_their_own() -> None:
@@ -252,6 +396,51 @@ def test_common_tokens(a: list[int], b: list[int]) -> None:
     wanted = min(len(a), len(b)) if wanted is None else wanted
     assert common_tokens(pack(a), pack(b)) == wanted
     assert common_tokens(pack([2**31, *a]), pack([2**31, *b])) == wanted + 1
+    assert common_tokens(pack(a), pack(b), known=wanted // 2) == wanted
+
+
+@given(st.integers(0, 2**20))
+def test_the_tree_finds_what_a_look_at_all_nodes_finds(seed: int) -> None:
+    """Of nodes shorter and longer than what they are looked up by, added, used and removed."""
+    rng = random.Random(seed)
+    tree = PrefixTree()
+    nodes: list[Node] = []
+    held: list[Node] = []
+    for _ in range(40):
+        prompt = pack(rng.choices([1, 1, 1, 1, 2], k=rng.randint(1, 70)))
+        chain = tree.match(prompt)
+        begin = chain[-1].end if chain else 0
+        start, last = begin * 4, len(prompt) // 4 - 1
+        fitting = [
+            node
+            for node in nodes
+            if node.parent is (chain[-1] if chain else None)
+            and node.end <= last
+            and prompt[start:].startswith(node.packed)
+        ]
+        assert not fitting, "one more goes on from here"
+        assert b"".join(node.packed for node in chain) == prompt[:start]
+        if last > begin and rng.random() < 0.7:
+            end = rng.randint(begin + 1, last)
+            nodes.append(tree.add(prompt[start : end * 4], chain[-1] if chain else None, 0))
+            chain.append(nodes[-1])
+        if chain:
+            tree.stand_on(chain)
+            held.append(chain[-1])
+        if held and rng.random() < 0.8:
+            tree.leave(held.pop(rng.randrange(len(held))))
+        spared = rng.sample(nodes, k=len(nodes) // 3)
+        free = [node for node in nodes if not node.users and node not in spared]
+        oldest = tree.unused(spared)
+        assert oldest is min(free, key=lambda node: node.used_at, default=None)
+        if oldest is not None and rng.random() < 0.3:
+            tree.remove(oldest)
+            nodes.remove(oldest)
+    for node in held:
+        tree.leave(node)
+    while (left := tree.unused()) is not None:
+        tree.remove(left)
+    assert not tree._roots, "something is kept of nodes that are gone"
 
 
 def test_dropping_and_taking_back() -> None:
@@ -266,6 +455,10 @@ def test_dropping_and_taking_back() -> None:
     taken = scheduler.take_back()
     assert set(taken) | set(scheduler.take_waiting()) == {bytes([n]) for n in range(5)}
     assert scheduler.num_admitted == scheduler.num_waiting == 0
+    scheduler.submit(b"y", [1] * 10)
+    assert scheduler.next_pass().runs
+    assert scheduler.take_back() == [b"y"]
+    assert not scheduler.next_pass().num_tokens, "what ran is forgotten"
     scheduler.submit(b"x", [1] * 401)
     assert scheduler.next_pass().num_tokens == 90
 

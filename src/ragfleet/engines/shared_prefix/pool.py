@@ -5,7 +5,7 @@ Pure. Owns the free space; knows nothing of what the ranges hold.
 
 from __future__ import annotations
 
-from bisect import insort
+from bisect import bisect_left
 
 
 class Pool:
@@ -33,11 +33,11 @@ class Pool:
 
     def give_back(self, start: int, length: int) -> None:
         self.used_tokens -= length
-        insort(self._holes, (start, start + length))
-        joined: list[tuple[int, int]] = []
-        for hole in self._holes:
-            if joined and joined[-1][1] == hole[0]:
-                joined[-1] = (joined[-1][0], hole[1])
-            else:
-                joined.append(hole)
-        self._holes = joined
+        stop = start + length
+        index = bisect_left(self._holes, (start, stop))
+        if index < len(self._holes) and self._holes[index][0] == stop:
+            stop = self._holes.pop(index)[1]
+        if index and self._holes[index - 1][1] == start:
+            index -= 1
+            start = self._holes.pop(index)[0]
+        self._holes.insert(index, (start, stop))

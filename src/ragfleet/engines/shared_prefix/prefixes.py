@@ -11,6 +11,7 @@ comparing lists of integers.
 from __future__ import annotations
 
 from array import array
+from bisect import bisect_left, insort
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Final
@@ -30,9 +31,9 @@ def pack(token_ids: Sequence[int]) -> bytes:
     return array("I", token_ids).tobytes()
 
 
-def common_tokens(a: bytes, b: bytes) -> int:
-    """How many tokens two packed prompts begin with in common."""
-    low, high = 0, min(len(a), len(b)) // ID_BYTES
+def common_tokens(a: bytes, b: bytes, known: int = 0) -> int:
+    """How many tokens two packed prompts begin with in common: `known`, or more."""
+    low, high = known, min(len(a), len(b)) // ID_BYTES
     while low < high:  # all of [0, low) is equal, nothing from `high` on is known to be
         middle = (low + high + 1) // 2
         if a[low * ID_BYTES : middle * ID_BYTES] == b[low * ID_BYTES : middle * ID_BYTES]:
@@ -40,6 +41,10 @@ def common_tokens(a: bytes, b: bytes) -> int:
         else:
             high = middle - 1
     return low
+
+
+Children = dict[bytes, list["Node"]]
+"""By their first LEAST_SHARED tokens, for hundreds may stand below one; shorter ones under b""."""
 
 
 @dataclass(slots=True, eq=False)
@@ -57,7 +62,7 @@ class Node:
     users: int = 0
     """Child nodes, and requests that stand on it."""
     used_at: int = 0
-    children: list[Node] = field(default_factory=list)
+    children: Children = field(default_factory=dict)
 
     @property
     def length(self) -> int:
@@ -67,12 +72,19 @@ class Node:
     def end(self) -> int:
         return self.begin + self.length
 
+    @property
+    def ancestors(self) -> list[Node]:
+        """Those it stands on, from the root."""
+        return [*self.parent.ancestors, self.parent] if self.parent else []
+
 
 class PrefixTree:
     """The nodes that have a place in the pool."""
 
     def __init__(self) -> None:
-        self._roots: list[Node] = []
+        self._roots: Children = {}
+        self._unused: list[tuple[int, int, Node]] = []
+        """Nodes without users as `_age` tells them, the longest unused first."""
         self._clock = 0
         self._count = 0
 
@@ -80,56 +92,79 @@ class PrefixTree:
         """Nodes that `packed` goes through, from the root. Its last token is never in one."""
         chain: list[Node] = []
         last = len(packed) // ID_BYTES - 1
-        children = self._roots
+        children, start = self._roots, 0
         while True:
-            at = chain[-1].end if chain else 0
             fitting = [
                 node
-                for node in children
-                if node.end <= last and packed.startswith(node.packed, at * ID_BYTES)
+                for key in (_first_tokens(packed, start), b"")
+                for node in children.get(key, ())
+                if node.end <= last and packed.startswith(node.packed, start)
             ]
             if not fitting:
                 return chain
             chain.append(max(fitting, key=lambda node: node.length))
-            children = chain[-1].children
+            children, start = chain[-1].children, chain[-1].end * ID_BYTES
 
     def add(self, packed: bytes, parent: Node | None, offset: int) -> Node:
         """A new node of the tokens `packed` below `parent`."""
         self._count += 1
         begin = parent.end if parent else 0
         node = Node(number=self._count, packed=packed, parent=parent, begin=begin, offset=offset)
-        if parent is None:
-            self._roots.append(node)
-        else:
-            parent.children.append(node)
-            parent.users += 1
-        self.touch([node])
+        self._beside(node).setdefault(_first_tokens(packed), []).append(node)
+        if parent is not None:
+            self._use(parent)
+        self._touch([node])
+        insort(self._unused, _age(node))
         return node
 
     def remove(self, node: Node) -> None:
         assert not node.users
-        (node.parent.children if node.parent else self._roots).remove(node)
+        del self._unused[bisect_left(self._unused, _age(node))]
+        beside, key = self._beside(node), _first_tokens(node.packed)
+        beside[key].remove(node)
+        if not beside[key]:
+            del beside[key]
         if node.parent is not None:
-            node.parent.users -= 1
+            self.leave(node.parent)
 
-    def touch(self, chain: Iterable[Node]) -> None:
+    def stand_on(self, chain: Sequence[Node]) -> None:
+        """A request stands on the last of `chain`, and uses all of it."""
+        self._use(chain[-1])
+        self._touch(chain)
+
+    def leave(self, node: Node) -> None:
+        """A request, or a child, no longer stands on `node`."""
+        node.users -= 1
+        if not node.users:
+            insort(self._unused, _age(node))
+
+    def unused(self, spared: Sequence[Node] = ()) -> Node | None:
+        """The node that nothing stands on and that was used the longest time ago."""
+        return next((node for _, _, node in self._unused if node not in spared), None)
+
+    def _beside(self, node: Node) -> Children:
+        return node.parent.children if node.parent else self._roots
+
+    def _use(self, node: Node) -> None:
+        if not node.users:
+            del self._unused[bisect_left(self._unused, _age(node))]
+        node.users += 1
+
+    def _touch(self, chain: Iterable[Node]) -> None:
+        """Only those with users, or new ones: the order of the unused stays."""
         self._clock += 1
         for node in chain:
             node.used_at = self._clock
 
-    def unused(self, spared: Sequence[Node] = ()) -> Node | None:
-        """The node that nothing stands on and that was used the longest time ago."""
-        free = [node for node in self.nodes() if not node.users and node not in spared]
-        return min(free, key=lambda node: node.used_at, default=None)
 
-    def nodes(self) -> list[Node]:
-        found = []
-        waiting = list(self._roots)
-        while waiting:
-            node = waiting.pop()
-            found.append(node)
-            waiting += node.children
-        return found
+def _first_tokens(packed: bytes, start: int = 0) -> bytes:
+    """Where in `Children` a node is that begins at the byte `start`."""
+    key = packed[start : start + LEAST_SHARED * ID_BYTES]
+    return key if len(key) == LEAST_SHARED * ID_BYTES else b""
+
+
+def _age(node: Node) -> tuple[int, int, Node]:
+    return node.used_at, node.number, node
 
 
 def shared_ends(
@@ -143,9 +178,13 @@ def shared_ends(
     A rest of at most `own_tokens` needs no node, so there one must save more than it costs.
     """
     last = len(packed) // ID_BYTES - 1
+    start, stop = begin * ID_BYTES, (begin + LEAST_SHARED) * ID_BYTES
+    least, before = packed[start:stop], packed[:start]
+    # Hundreds wait, few are alike here: told first by what costs least to compare.
+    alike = [one for one in others if one.startswith(least, start) and one.startswith(before)]
     lengths = []
-    for other in others:
-        common = min(common_tokens(packed, other), last, len(other) // ID_BYTES - 1)
+    for other in alike:
+        common = min(common_tokens(packed, other, begin), last, len(other) // ID_BYTES - 1)
         if common - begin >= LEAST_SHARED:
             lengths.append(common)
     ends: list[int] = []

@@ -3,7 +3,8 @@
 Owns admission, slots and eviction. A request is admitted, first come first served, when a slot is
 free and the pool has room for what it alone needs; what it shares is charged once. A pass holds one
 decode step of every running slot, and as many prompt tokens of newly admitted requests as fit, so
-that a slot is filled again in the pass after it became free.
+that a slot is filled again in the pass after it became free; or, where such passes are costly, in
+rounds (`rounds`).
 
 What a request's own part has in common with that of one that runs on the same nodes is copied from
 slot to slot, not read again: questions often begin alike.
@@ -14,10 +15,13 @@ A slot has room for the longest answer from the start: what was admitted always 
 from __future__ import annotations
 
 import heapq
+from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Final
+from itertools import islice
+from operator import attrgetter
+from typing import Final, NamedTuple
 
 from ragfleet.engines.protocol import RequestKey
 from ragfleet.engines.shared_prefix.pool import Pool
@@ -30,6 +34,7 @@ from ragfleet.engines.shared_prefix.prefixes import (
     pack,
     shared_ends,
 )
+from ragfleet.engines.shared_prefix.rounds import Rounds
 
 OWN_TOKENS: Final = 64
 """Most prompt tokens that stand in a slot, beside the answer; longer rests get a node."""
@@ -45,8 +50,10 @@ class Limits:
     max_new_tokens: int
     pool_tokens: int
     pass_tokens: int
-    """Most tokens of a pass, unless the running slots alone are more."""
+    """Most tokens of a pass, if the running slots with one request's own tokens are not more."""
     own_tokens: int = OWN_TOKENS
+    least_free: int = 1
+    """Free slots that a round of admission waits for, where a pass with runs is best a rare one."""
 
     @property
     def slot_tokens(self) -> int:
@@ -54,8 +61,7 @@ class Limits:
         return self.own_tokens + self.max_new_tokens
 
 
-@dataclass(frozen=True, slots=True)
-class Range:
+class Range(NamedTuple):
     """Tokens of the pool."""
 
     offset: int
@@ -80,9 +86,8 @@ class Run:
     copied_from: int = -1
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
-    """A slot that decodes one token."""
+class Row(NamedTuple):
+    """A slot that decodes one token. Each pass makes one per slot: a tuple is made quickly."""
 
     slot: int
     position: int
@@ -111,16 +116,20 @@ class _Entry:
     token_ids: Sequence[int]
     packed: bytes
     chain: list[Node] = field(default_factory=list)
+    begin: int = 0
+    """First token of its own, after its chain's."""
+    reads: tuple[Range, ...] = ()
     slot: int = -1
+    order: tuple[tuple[int, ...], int] = ((), -1)
+    """Of the rows in a pass: those with common ranges side by side."""
     column: int = 0
     """Next free place in its slot."""
     cached_tokens: int = 0
     """Of its prompt: in nodes that were there, or planned, when it was admitted, or copied."""
 
-    @property
-    def begin(self) -> int:
-        """First token of its own."""
-        return self.chain[-1].end if self.chain else 0
+
+_order: Final = attrgetter("order")
+_packed: Final = attrgetter("packed")
 
 
 class Scheduler:
@@ -138,6 +147,9 @@ class Scheduler:
         self._waiting: deque[_Entry] = deque()
         self._reading: deque[Node | _Entry] = deque()
         self._running: dict[int, _Entry] = {}
+        self._decoding: list[_Entry] = []
+        """Those that run, in the order of their rows."""
+        self._rounds = Rounds(limits.num_slots, limits.least_free)
 
     def fits(self, num_tokens: int) -> bool:
         """Whether a prompt of so many tokens can be admitted at all."""
@@ -174,25 +186,24 @@ class Scheduler:
 
         What it returns counts as done: see `take_back` for a pass that failed.
         """
-        rows = [
-            (tuple(node.number for node in entry.chain), slot)
-            for slot, entry in self._running.items()
-        ]
-        decoding = [self._row(self._running[slot]) for _, slot in sorted(rows)]
+        decoding = [self._row(entry) for entry in self._decoding]
         return Pass(decoding, self._next_runs(self.limits.pass_tokens - len(decoding)))
 
     def release(self, slot: int) -> None:
         """The request in `slot` is finished, or no longer wanted."""
         entry = self._running.pop(slot)
+        del self._decoding[bisect_left(self._decoding, entry.order, key=_order)]
         heapq.heappush(self._slots, slot)
         if entry.chain:
-            entry.chain[-1].users -= 1
+            self._tree.leave(entry.chain[-1])
 
     def drop(self, key: RequestKey) -> bool:
         """Forget a request that waits; False for one that was admitted, or that nobody knows."""
         kept = [entry for entry in self._waiting if entry.key != key]
         dropped = len(kept) < len(self._waiting)
         self._waiting = deque(kept)
+        if dropped:
+            self._rounds.forget_refused()
         return dropped
 
     def take_back(self) -> list[RequestKey]:
@@ -201,6 +212,7 @@ class Scheduler:
         keys = [entry.key for entry in (*self._running.values(), *entries)]
         self._reading.clear()
         self._running.clear()
+        self._decoding.clear()
         self._slots = list(range(self.limits.num_slots))
         self._tree = PrefixTree()
         self._pool = Pool(self.limits.pool_tokens)
@@ -215,14 +227,9 @@ class Scheduler:
     # ---- a pass
 
     def _row(self, entry: _Entry) -> Row:
-        row = Row(
-            slot=entry.slot,
-            position=entry.begin + entry.column,
-            column=entry.column,
-            reads=_ranges(entry.chain),
-        )
-        entry.column += 1
-        return row
+        column = entry.column
+        entry.column = column + 1
+        return Row(entry.slot, entry.begin + column, column, entry.reads)
 
     def _next_runs(self, num_tokens: int) -> list[Run]:
         runs: list[Run] = []
@@ -236,6 +243,7 @@ class Scheduler:
                 first.column = run.copied_tokens + len(run.token_ids)
                 first.cached_tokens += run.copied_tokens
                 self._running[first.slot] = first
+                insort(self._decoding, first, key=_order)
             else:
                 run = self._node_run(first, num_tokens)
                 if first.planned == first.length:
@@ -250,7 +258,7 @@ class Scheduler:
         return Run(
             token_ids=entry.token_ids[entry.begin + copied :],
             position=entry.begin + copied,
-            reads=_ranges(entry.chain),
+            reads=entry.reads,
             slot=entry.slot,
             copied_tokens=copied,
             copied_from=source,
@@ -260,19 +268,25 @@ class Scheduler:
         """How many of its own tokens, never its last, another slot holds; and which. (0, -1)."""
         best = (0, -1)
         last = len(entry.token_ids) - 1
-        for slot, other in self._running.items():
-            if other.chain[-1:] != entry.chain[-1:]:
+        nodes, start = entry.order[0], entry.begin * ID_BYTES
+        wanted = entry.packed[start : start + LEAST_COPIED * ID_BYTES]
+        first = bisect_left(self._decoding, (nodes, -1), key=_order)
+        for other in islice(self._decoding, first, None):
+            if other.order[0] != nodes:
+                break
+            if not other.packed.startswith(wanted, start):
                 continue
-            common = min(common_tokens(entry.packed, other.packed), last) - entry.begin
+            common = min(common_tokens(entry.packed, other.packed, entry.begin), last) - entry.begin
             if common >= LEAST_COPIED and common > best[0]:
-                best = (common, slot)
+                best = (common, other.slot)
+                wanted = entry.packed[start : start + (common + 1) * ID_BYTES]
         return best
 
     def _node_run(self, node: Node, num_tokens: int) -> Run:
         done = node.planned
         node.planned = min(node.length, done + num_tokens)
         piece = memoryview(node.packed[done * ID_BYTES : node.planned * ID_BYTES]).cast("I")
-        before = _ranges(_chain_of(node.parent))
+        before = _ranges(node.ancestors)
         return Run(
             token_ids=piece.tolist(),
             position=node.begin + done,
@@ -284,7 +298,7 @@ class Scheduler:
 
     def _admit(self) -> bool:
         """Give the first waiting request a slot, and places in the pool; False if it must wait."""
-        if not self._waiting or not self._slots:
+        if not self._waiting or not self._rounds.may_admit(self.num_admitted):
             return False
         entry = self._waiting[0]
         chain = self._tree.match(entry.packed)
@@ -295,29 +309,48 @@ class Scheduler:
             chain = []
             new = self._grow(entry, chain)
         if new is None:
+            self._rounds.refused(self.num_admitted)
             return False
         self._waiting.popleft()
         self._reading += new
-        entry.chain = chain + new
         entry.cached_tokens = chain[-1].end if chain else 0
-        self._tree.touch(entry.chain)
-        if entry.chain:
-            entry.chain[-1].users += 1
-        entry.slot = heapq.heappop(self._slots)
+        self._put(entry, chain + new)
         self._reading.append(entry)
         self.prompt_tokens += len(entry.token_ids)
+        self._rounds.admitted(self.num_admitted)
         return True
+
+    def _put(self, entry: _Entry, chain: list[Node]) -> None:
+        """Into a slot, on `chain`."""
+        if chain:
+            self._tree.stand_on(chain)
+            entry.begin = chain[-1].end
+        entry.chain, entry.reads = chain, _ranges(chain)
+        entry.slot = heapq.heappop(self._slots)
+        entry.order = (tuple(node.number for node in chain), entry.slot)
 
     def _grow(self, entry: _Entry, chain: Sequence[Node]) -> list[Node] | None:
         """New nodes for `entry` below `chain`; None, and none made, when the pool is too full."""
+        ends = self._new_ends(entry, chain)
+        new = self._lay(entry, chain, ends)
+        if new is None and len(ends) > 1:  # all that may be evicted is now: each may fit elsewhere
+            new = self._lay(entry, chain, ends)
+        return new
+
+    def _new_ends(self, entry: _Entry, chain: Sequence[Node]) -> list[int]:
+        """Where the nodes end that `entry`, the first that waits, needs below `chain`."""
         begin = chain[-1].end if chain else 0
-        others = (other.packed for other in self._waiting if other is not entry)
+        others = map(_packed, islice(self._waiting, 1, None))
         levels = MOST_SHARED_LEVELS - len(chain)
         own_tokens = self.limits.own_tokens
         ends = shared_ends(entry.packed, others, begin, levels, own_tokens) if levels > 0 else []
         last = len(entry.token_ids) - 1
         if last + 1 - (ends[-1] if ends else begin) > own_tokens:
             ends.append(last)
+        return ends
+
+    def _lay(self, entry: _Entry, chain: Sequence[Node], ends: Sequence[int]) -> list[Node] | None:
+        begin = chain[-1].end if chain else 0
         new: list[Node] = []
         for end in ends:
             offset = self._place(end - begin, [*chain, *new])
@@ -347,14 +380,6 @@ class Scheduler:
     def _evict_all(self) -> None:
         while (node := self._tree.unused()) is not None:
             self._discard(node)
-
-
-def _chain_of(node: Node | None) -> list[Node]:
-    chain: list[Node] = []
-    while node is not None:
-        chain.append(node)
-        node = node.parent
-    return chain[::-1]
 
 
 def _ranges(chain: Iterable[Node]) -> tuple[Range, ...]:

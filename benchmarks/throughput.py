@@ -23,9 +23,9 @@ scaled to all by tokens (one of an answer counts 20 times, about what it costs t
 in the rows `shared` and `unshared` only, for other rows have the same requests in another order or
 sampled ones. `floor` is the arithmetic that the prompts need, each shared token read once, at the
 speed of this machine's own matrix product, measured first; `% of floor` is that over an arm's time.
-`identical` compares greedy answers, token for token, with naive's; seeded ones with those of vLLM
-in file order. Arms on vLLM need the interpreter of an environment that has it: `make test-vllm`
-makes .venv-vllm.
+`identical` compares greedy answers, token for token, with naive's; seeded ones of ours on vLLM with
+ours on transformers (raw vLLM ends at seeds on the CPU, in 0.32). Arms on vLLM need the interpreter
+of an environment that has it: `make test-vllm` makes .venv-vllm.
 """
 
 from __future__ import annotations
@@ -306,12 +306,12 @@ def process_of(arm: str) -> str:
 def identical(
     found: dict[str, Measured], arm: str, spec: WorkloadSpec, naive: dict[bytes, list[int]]
 ) -> str:
-    """With naive's answers; where draws are seeded, of the arms on vLLM with each other."""
+    """With naive's answers; where draws are seeded, of ours on vLLM with ours on transformers."""
     expected = naive
     if spec.temperature:
-        if spec.seed is None or "vLLM" not in arm or "raw vLLM: file" not in found:
+        if spec.seed is None or arm != "ours on vLLM" or "ours on transformers" not in found:
             return "-"
-        expected = found["raw vLLM: file"].answers
+        expected = found["ours on transformers"].answers
     answers = found[arm].answers
     if not expected:
         return "-"

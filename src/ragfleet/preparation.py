@@ -113,7 +113,11 @@ def prepare(
     engine: EngineKind = "openai_compatible" if remote is not None else "echo"
     if not needs_no_gpu:
         engine, why = choose_engine(
-            config.engine, not seating.on_cpu, find_vllm(), config.engine_options
+            config.engine,
+            not seating.on_cpu,
+            find_vllm(),
+            config.engine_options,
+            seeded=config.seed is not None and config.temperature > 0,
         )
         notes += [why] if why and model_dir is not None else []
     num_workers, allocation, seat_notes = seat(replace(seating, splits_heads=engine == "vllm"))

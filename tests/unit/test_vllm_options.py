@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -151,6 +153,19 @@ def test_what_cannot_work(
         choose_engine(asked, on_gpu, found, options)
 
 
+@pytest.mark.parametrize(
+    "options", [{"speculative_config": {"method": "ngram"}}, {"spec_method": "ngram"}]
+)
+def test_seeds_and_speculative_decoding_do_not_go_together_on_the_cpu(
+    options: dict[str, Any],
+) -> None:
+    on_cpu = ("vllm", False, installed(is_cpu_build=True), options)
+    with pytest.raises(ConfigError, match="leave it or --seed out"):
+        choose_engine(*on_cpu, seeded=True)
+    assert choose_engine(*on_cpu)[0] == "vllm"
+    assert choose_engine("vllm", True, installed(), options, seeded=True)[0] == "vllm"
+
+
 def test_only_options_that_answers_depend_on_belong_to_a_runs_identity(tmp_path: Path) -> None:
     options = {"quantization": "fp8", "max_num_seqs": 8, "gpu_memory_utilization": 0.5}
     assert answers_depend_on(options) == {"quantization": "fp8"}
@@ -220,6 +235,61 @@ def test_options_of_the_user_win(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     arguments, notes = vllm_settings.engine_arguments(given, needs_tokenizer=True)
     assert (arguments["tensor_parallel_size"], arguments["max_num_seqs"]) == (4, 7)
     assert notes == []
+
+
+SAMPLING = SamplingParams(max_new_tokens=8, temperature=0.5, top_p=0.9)
+
+
+@pytest.mark.parametrize("draws_here", [False, True])
+def test_greedy_and_unseeded_requests_are_sampled_by_vllm(draws_here: bool) -> None:
+    greedy = SamplingParams(max_new_tokens=8)
+    sampled = vllm_settings.request_sampling(greedy, None, draws_here=draws_here)
+    assert sampled == {"temperature": 0.0, "top_p": 1.0}
+    sampled = vllm_settings.request_sampling(SAMPLING, None, draws_here=draws_here)
+    assert sampled == {"temperature": 0.5, "top_p": 0.9}
+
+
+def test_seeds_are_vllms_or_of_the_logits_processor() -> None:
+    large = 2**64 - 1
+    assert vllm_settings.request_sampling(SAMPLING, large, draws_here=False) == {
+        "temperature": 0.5,
+        "top_p": 0.9,
+        "seed": 2**63 - 1,
+    }
+    drawn = vllm_settings.request_sampling(SAMPLING, large, draws_here=True)
+    asked = {"seed": large, "sampling": {"temperature": 0.5, "top_p": 0.9}}
+    assert drawn == {"temperature": 0.0, "extra_args": {vllm_settings.DRAW: asked}}
+
+
+@pytest.mark.parametrize(
+    ("num_gpus", "temperature", "expected"), [(0, 0.5, True), (0, 0.0, False), (1, 0.5, False)]
+)
+def test_draws_are_made_here_on_the_cpu_only_and_never_when_greedy(
+    tmp_path: Path, num_gpus: int, temperature: float, expected: bool
+) -> None:
+    given = spec(tmp_path, num_gpus=num_gpus)
+    sampling = SamplingParams(max_new_tokens=8, temperature=temperature)
+    assert vllm_settings.samples_on_cpu(dataclasses.replace(given, sampling=sampling)) == expected
+
+
+@pytest.mark.parametrize("given", [None, ["theirs:Processor"]])
+def test_draws_come_after_the_users_logits_processors(given: list[str] | None) -> None:
+    config = SimpleNamespace(
+        speculative_config=None, model_config=SimpleNamespace(logits_processors=given)
+    )
+    assert vllm_settings.draw_here(config)
+    ours = "ragfleet.engines.vllm_draws:SeededDraws"
+    assert config.model_config.logits_processors == [*(given or []), ours]
+
+
+@pytest.mark.parametrize(
+    "other", [{"use_v2_model_runner": True}, {"speculative_config": {"method": "ngram"}}]
+)
+def test_draws_stay_vllms_where_it_takes_no_such_processor(other: dict[str, Any]) -> None:
+    model_config = SimpleNamespace(logits_processors=None)
+    config = SimpleNamespace(**{"speculative_config": None, "model_config": model_config, **other})
+    assert not vllm_settings.draw_here(config)
+    assert model_config.logits_processors is None
 
 
 def test_a_gpu_that_workers_share_gets_a_fixed_cache(

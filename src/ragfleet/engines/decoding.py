@@ -69,13 +69,16 @@ class TokenChooser:
         """[rows, vocab] logits to [rows] tokens. Rows that are done draw nothing."""
         if self.is_greedy:
             return scores.argmax(dim=-1)
+        return self.draw(scores, [0.0 if row.done else row.stream.random() for row in rows])
+
+    def draw(self, scores: torch.Tensor, draws: Sequence[float]) -> torch.Tensor:
+        """The same from each row's draw, which is in [0, 1)."""
         probs = torch.softmax(scores.float() / self._temperature, dim=-1)  # [rows, vocab]
         if self._top_p < 1:
             ordered, index = torch.sort(probs, dim=-1, descending=True, stable=True)
             before = ordered.cumsum(dim=-1) - ordered  # probability of all likelier tokens
             ordered[before >= self._top_p] = 0
             probs = torch.zeros_like(probs).scatter_(-1, index, ordered)
-        draws = [0.0 if row.done else row.stream.random() for row in rows]
         bounds = probs.double().cumsum(dim=-1)
         wanted = torch.tensor(draws, dtype=torch.float64, device=bounds.device)[:, None]
         # right=True: a draw of 0.0 skips tokens of probability 0.

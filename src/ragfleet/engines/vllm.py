@@ -35,7 +35,15 @@ from ragfleet.engines.protocol import (
     RequestKey,
 )
 from ragfleet.engines.vllm_options import INSTALL, check_options, find_vllm, option_names
-from ragfleet.engines.vllm_settings import cache_notes, engine_arguments, environment
+from ragfleet.engines.vllm_settings import (
+    LEAST_TEMPERATURE,
+    cache_notes,
+    draw_here,
+    engine_arguments,
+    environment,
+    request_sampling,
+    samples_on_cpu,
+)
 from ragfleet.errors import ConfigError, DeviceError, EngineDead, ModelError
 from ragfleet.model_files import model_limit
 from ragfleet.prompts import PLAIN_STOP
@@ -43,8 +51,6 @@ from ragfleet.tokens import PromptTokenizer, load_tokenizer, prepare_prompt
 
 log = logging.getLogger(__name__)
 
-LEAST_TEMPERATURE: Final = 0.01
-"""vLLM raises what is lower to this, and says so for each request."""
 MAX_WINDOW: Final = 2048
 """As many as the worker's journal holds; more in flight is more to repeat after a death."""
 
@@ -67,6 +73,8 @@ class VllmEngine:
         self._guard: GroupGuard | None = None
         self._tokenizer: PromptTokenizer | None = None
         self._stops: tuple[str, ...] = ()
+        self._draws_here = False
+        """Seeded draws are made in `vllm_draws`."""
         self._max_model_len: int | None = None
         self._vocab_size = 0
         self._window = 1
@@ -112,6 +120,11 @@ class VllmEngine:
         if not spec.num_gpus and (why_not := keep_freed_memory()) is not None:
             notes.append(f"memory is mapped anew in every pass: {why_not}")
         self._llm = self._load(spec.model_dir, arguments, installed)
+        if self._draws_here:
+            notes.append(
+                "seeded requests draw as --engine transformers does: vLLM's own seeds fail on the"
+                " CPU where a prompt is read in pieces"
+            )
         model, scheduler = (
             self._llm.vllm_config.model_config,
             self._llm.vllm_config.scheduler_config,
@@ -157,10 +170,14 @@ class VllmEngine:
         from vllm.usage.usage_lib import UsageContext
 
         context = UsageContext.LLM_CLASS  # others' defaults batch for latency
+        engine = self._vllm.LLMEngine
         try:
-            return self._vllm.LLMEngine.from_engine_args(
-                self._vllm.EngineArgs(**arguments), usage_context=context
-            )
+            engine_args = self._vllm.EngineArgs(**arguments)
+            if not samples_on_cpu(self._spec):
+                return engine.from_engine_args(engine_args, usage_context=context)
+            config = engine_args.create_engine_config(context)
+            self._draws_here = draw_here(config)
+            return engine.from_vllm_config(config, usage_context=context, disable_log_stats=True)
         except Exception as error:  # configurations, kernels, quantisers: each fails in its own way
             raise ModelError(
                 f"{model_dir}: vLLM {version} cannot start with it: {_reason(error)}"
@@ -236,14 +253,10 @@ class VllmEngine:
 
         assert self._tokenizer is not None
         sampling = self._spec.sampling
-        temperature = sampling.temperature
         try:
             return self._vllm.SamplingParams(
+                **request_sampling(sampling, seed, draws_here=self._draws_here),
                 max_tokens=sampling.max_new_tokens,
-                temperature=max(temperature, LEAST_TEMPERATURE) if temperature else 0.0,
-                top_p=sampling.top_p,
-                # 63 bits: some of vLLM's samplers keep seeds as signed numbers.
-                seed=None if seed is None else seed & (2**63 - 1),
                 stop=list(self._stops),
                 stop_token_ids=list(self._tokenizer.eos_ids),
                 detokenize=bool(self._stops),

@@ -42,6 +42,7 @@ _RESERVED: Final[Mapping[str, str]] = {
     "disable_log_stats": "",
 }
 _PICKLED: Final = ("pt", "npcache")
+_SPECULATIVE: Final = ("speculative_config", "spec_method", "spec_model")
 
 _SPEED_ONLY: Final = frozenset(
     {
@@ -164,12 +165,17 @@ def answers_depend_on(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def choose_engine(
-    asked: str, on_gpu: bool, installed: InstalledVllm | None, options: Mapping[str, Any]
+    asked: str,
+    on_gpu: bool,
+    installed: InstalledVllm | None,
+    options: Mapping[str, Any],
+    *,
+    seeded: bool = False,
 ) -> tuple[Literal["transformers", "vllm"], str | None]:
     """What `--engine auto` (or transformers, or vllm) means here, and why, as a line to show.
 
     vLLM where it is installed and there is a GPU. Raises ConfigError or DeviceError for what can't
-    work; `options` are --engine_options, which are vLLM's alone.
+    work; `options` are --engine_options, which are vLLM's alone. `seeded`: tokens are drawn by --seed.
     """
     name, why = _resolve(asked, on_gpu, installed)
     if name == "transformers":
@@ -187,6 +193,13 @@ def choose_engine(
             " install vllm), or run with --device cpu."
         )
     check_options(options, option_names(installed.folder), installed.version)
+    speculative = [name for name in _SPECULATIVE if options.get(name)]
+    if seeded and not on_gpu and speculative:
+        # Elsewhere `vllm_draws` draws. Here each worker would die, and again after its restart.
+        raise ConfigError(
+            f"--engine_options: with {speculative[0]} vLLM's seeds fail on the CPU where a prompt"
+            " is read in pieces; leave it or --seed out, or use --temperature 0."
+        )
     return name, f"Engine: vLLM {installed.version}{f'; {why}' if why else ''}."
 
 

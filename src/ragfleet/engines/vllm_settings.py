@@ -1,4 +1,4 @@
-"""What vLLM is started with: its arguments and environment, from an EngineSpec.
+"""What vLLM is started with, its arguments and environment, and how each request is sampled.
 
 Owns the tensor-parallel size, the memory for the KV cache where GPUs are shared, and what has to
 differ on the CPU. Imports no vLLM.
@@ -11,7 +11,7 @@ import random
 from typing import Any, Final
 
 from ragfleet.allocation import tensor_parallel_size
-from ragfleet.engines.protocol import EngineSpec
+from ragfleet.engines.protocol import EngineSpec, SamplingParams
 from ragfleet.gpus import discover_gpus, visible_gpus
 from ragfleet.model_files import read_json
 
@@ -24,6 +24,11 @@ _ACTIVATION_BYTES: Final = 1 << 30
 _CPU_CACHE_SHARE: Final = 0.25
 _MAX_CPU_CACHE_BYTES: Final = 4 << 30
 """vLLM fills it with zeros at the start: a second per GiB."""
+LEAST_TEMPERATURE: Final = 0.01
+"""vLLM raises what is lower to this, and says so for each request."""
+DRAW: Final = "ragfleet_draw"
+"""In a request's `extra_args`: its seed and sampling, for `vllm_draws`."""
+_DRAWS: Final = "ragfleet.engines.vllm_draws:SeededDraws"
 
 
 def environment(spec: EngineSpec) -> dict[str, str]:
@@ -74,6 +79,37 @@ def engine_arguments(
         if "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
             arguments["kv_cache_memory_bytes"] = _cpu_cache_bytes(spec)
     return {**arguments, **spec.engine_options}, notes
+
+
+def samples_on_cpu(spec: EngineSpec) -> bool:
+    return not spec.num_gpus and spec.sampling.temperature > 0
+
+
+def draw_here(config: Any) -> bool:
+    """Have seeded draws made in `vllm_draws`, by vLLM's VllmConfig; False where that cannot be.
+
+    Model runner V2 needs it not: its seeds are without generators, its logits processors are
+    others. With speculative decoding vLLM takes no logits processors.
+    """
+    if getattr(config, "use_v2_model_runner", False) or config.speculative_config is not None:
+        return False
+    model = config.model_config
+    model.logits_processors = [*(model.logits_processors or ()), _DRAWS]
+    return True
+
+
+def request_sampling(
+    sampling: SamplingParams, seed: int | None, *, draws_here: bool
+) -> dict[str, Any]:
+    """Those of the keyword arguments of vLLM's SamplingParams that say how tokens are chosen."""
+    temperature = sampling.temperature and max(sampling.temperature, LEAST_TEMPERATURE)
+    chosen = {"temperature": temperature, "top_p": sampling.top_p}
+    if seed is None:
+        return chosen
+    if draws_here:
+        return {"temperature": 0.0, "extra_args": {DRAW: {"seed": seed, "sampling": chosen}}}
+    # 63 bits: some of vLLM's samplers keep seeds as signed numbers.
+    return {**chosen, "seed": seed & (2**63 - 1)}
 
 
 def cache_notes(cache: Any) -> list[str]:

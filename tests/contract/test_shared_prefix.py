@@ -15,7 +15,7 @@ from driving import Make, ask, drive
 from models import Reference, changed_copy, make_model
 from ragfleet.engines import heap
 from ragfleet.engines.protocol import Completion, Engine, Failure, Prepared
-from ragfleet.engines.shared_prefix import attention, loop, packing, passes
+from ragfleet.engines.shared_prefix import attention, packing, passes, ways
 from ragfleet.engines.shared_prefix.cache import Shape, limits_within
 from ragfleet.engines.shared_prefix.loop import SharedPrefixLoop
 from ragfleet.engines.shared_prefix.scheduler import Scheduler
@@ -204,7 +204,7 @@ def test_a_prompt_beyond_the_budget_is_refused_before_anything_is_spent(start: M
 def test_a_prompt_beyond_the_default_budget_is_answered_plainly(
     start: Make, monkeypatch: pytest.MonkeyPatch, reference: Reference
 ) -> None:
-    monkeypatch.setattr(loop, "default_budget_bytes", lambda *_, **__: BYTES_PER_TOKEN * 800)
+    monkeypatch.setattr(ways, "default_budget_bytes", lambda *_, **__: BYTES_PER_TOKEN * 800)
     engine = start(batch_size=2, max_new_tokens=NEW)
     rng = random.Random(1)
     prompts = [ids(rng, 20), ids(rng, 900), ids(rng, 30)]
@@ -216,7 +216,9 @@ def test_a_prompt_beyond_the_default_budget_is_answered_plainly(
 @pytest.mark.parametrize("budget", [3e5, 1e6, 5e7, 4e9])
 def test_what_is_allocated_stays_within_the_budget(budget: float) -> None:
     shape = Shape(2, 2, 16, torch.float32, torch.device("cpu"))
-    limits = limits_within(int(budget), shape, num_slots=64, max_new_tokens=32, max_model_len=8192)
+    limits = limits_within(
+        int(budget), shape, num_slots=64, max_new_tokens=32, max_model_len=8192, pass_tokens=512
+    )
     tokens = limits.pool_tokens + limits.num_slots * limits.slot_tokens
     assert tokens * shape.bytes_per_token <= budget
     assert limits.num_slots >= 1

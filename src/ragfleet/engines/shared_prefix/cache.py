@@ -15,8 +15,6 @@ import torch
 
 from ragfleet.engines.shared_prefix.scheduler import OWN_TOKENS, Limits, Range
 
-PASS_TOKENS: Final = 512
-"""Of a pass: matrix products gain nothing from more, and what lies between them stays in caches."""
 LEAST_POOL_TOKENS: Final = 256
 PREFIX_TOKENS_PER_SLOT: Final = 1024
 """Of the default budget: more would keep prefixes that are likely done with."""
@@ -59,6 +57,7 @@ def limits_within(
     num_slots: int,
     max_new_tokens: int,
     max_model_len: int | None,
+    pass_tokens: int,
 ) -> Limits:
     """At most half for slots, the rest for the pool. Raises ValueError with the least budget."""
     budget_tokens = budget_bytes // shape.bytes_per_token
@@ -77,7 +76,7 @@ def limits_within(
         num_slots=num_slots,
         max_new_tokens=max_new_tokens,
         pool_tokens=pool_tokens,
-        pass_tokens=max(PASS_TOKENS, 2 * num_slots),
+        pass_tokens=max(pass_tokens, 2 * num_slots),
     )
 
 

@@ -16,26 +16,17 @@ import torch
 
 from ragfleet.engines.batched import BatchedLoop
 from ragfleet.engines.decoding import Row, RowEnder, TokenChooser, not_finite, outcome_of
-from ragfleet.engines.heap import keep_freed_memory
 from ragfleet.engines.protocol import EngineSpec, Failure, Outcome, Prepared, RequestKey
-from ragfleet.engines.shared_prefix.cache import (
-    KeyValueCache,
-    Shape,
-    default_budget_bytes,
-    limits_within,
-)
-from ragfleet.engines.shared_prefix.forward import Forward
-from ragfleet.engines.shared_prefix.passes import TensorPass
+from ragfleet.engines.shared_prefix.cache import Shape, limits_within
+from ragfleet.engines.shared_prefix.forward import Forward, Readable
 from ragfleet.engines.shared_prefix.scheduler import Limits, Scheduler
 from ragfleet.engines.shared_prefix.support import Unsupported, ready
+from ragfleet.engines.shared_prefix.ways import Way, way_of
 from ragfleet.errors import ModelError
 from ragfleet.tokens import PromptTokenizer
 
 log = logging.getLogger(__name__)
 
-NUM_SLOTS: Final = 64
-"""Decoded together unless --batch_size says otherwise: the products are then bound by arithmetic,
-no longer by reading the weights."""
 LOOKAHEAD: Final = 2
 """Waiting requests per slot: enough to see the end of a group, and what the next ones share."""
 MOST_FAILURES: Final = 3
@@ -48,6 +39,7 @@ class SharedPrefixLoop:
     def __init__(
         self,
         spec: EngineSpec,
+        way: Way,
         forward: Forward,
         shape: Shape,
         limits: Limits,
@@ -57,13 +49,14 @@ class SharedPrefixLoop:
         on_tokens: Callable[[int], None],
     ) -> None:
         self._spec = spec
+        self._way = way
         self._forward = forward
         self._tokenizer = tokenizer
         self._stops = stops
         self._plain = plain
         self._on_tokens = on_tokens
         self._scheduler = Scheduler(limits)
-        self._cache = KeyValueCache(shape, limits)
+        self._cache = way.make_cache(shape, limits)
         self._chooser = TokenChooser(spec.sampling)
         self._aborted: set[RequestKey] = set()
         self._ender = RowEnder(tokenizer, stops, self._aborted.__contains__)
@@ -71,7 +64,7 @@ class SharedPrefixLoop:
         self._last_tokens: dict[int, int] = {}
         self._num_failures = 0
         self._timeout_s = spec.request_timeout_s or math.inf
-        self._why_not_kept = keep_freed_memory()
+        self._way_notes = way.begin()
         self.batch_size = limits.num_slots
 
     @property
@@ -84,9 +77,7 @@ class SharedPrefixLoop:
         ]
         if self._forward.why_not_packed is not None:
             notes.append(f"the weights are not packed: {self._forward.why_not_packed}")
-        if self._why_not_kept is not None:
-            notes.append(f"memory is mapped anew in every pass: {self._why_not_kept}")
-        return notes
+        return notes + self._way_notes
 
     def refusal(self, prepared: Prepared) -> Failure | None:
         """Why a prompt is not for the budget that was asked for."""
@@ -158,7 +149,7 @@ class SharedPrefixLoop:
         if not scheduled.num_tokens:
             return []
         try:
-            tensors = TensorPass(scheduled, self._last_tokens, self._cache)
+            tensors = self._way.make_pass(scheduled, self._last_tokens, self._cache, None)
             logits = self._forward(tensors)
         except Exception as error:  # a model's forward can raise anything
             message = f"{type(error).__name__}: {error}"
@@ -167,7 +158,7 @@ class SharedPrefixLoop:
         self._fall_back(message)
         return []
 
-    def _take(self, tensors: TensorPass, logits: torch.Tensor) -> list[Outcome]:
+    def _take(self, tensors: Readable, logits: torch.Tensor) -> list[Outcome]:
         """Choose a token for each slot; outcomes of the rows that it ends."""
         rows = [self._rows[self._scheduler.key_of(slot)] for slot in tensors.slots]
         tokens = self._chooser.choose(logits, rows).tolist()
@@ -225,21 +216,24 @@ def make_loop(
     on_tokens: Callable[[int], None],
 ) -> SharedPrefixLoop:
     """Raises Unsupported, `model` being as it was; ModelError: --kv_cache_bytes is too small."""
-    forward = ready(model, max_model_len)
     shape = Shape.of(model)
+    way = way_of(shape)
+    if way is None:
+        raise Unsupported("it has not been proved on GPUs yet")
+    forward = ready(model, way, max_model_len)
     sizes: Any = {
-        "num_slots": spec.batch_size or NUM_SLOTS,
+        "num_slots": spec.batch_size or way.num_slots,
         "max_new_tokens": spec.sampling.max_new_tokens,
         "max_model_len": max_model_len,
     }
     budget = spec.kv_cache_bytes
     if budget is None:
-        budget = default_budget_bytes(shape, **sizes, num_threads=spec.num_threads)
+        budget = way.default_budget(shape, spec, sizes)
     try:
-        limits = limits_within(budget, shape, **sizes)
+        limits = limits_within(budget, shape, **sizes, pass_tokens=way.pass_tokens)
     except ValueError as error:
         forward.undo()
         if spec.kv_cache_bytes is None:
             raise Unsupported(f"there is too little memory: {error}") from None
         raise ModelError(f"--kv_cache_bytes is too small: {error}.") from None
-    return SharedPrefixLoop(spec, forward, shape, limits, tokenizer, stops, plain, on_tokens)
+    return SharedPrefixLoop(spec, way, forward, shape, limits, tokenizer, stops, plain, on_tokens)

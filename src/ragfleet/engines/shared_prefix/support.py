@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import inspect
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Final
 
 import torch
 
-from ragfleet.engines.shared_prefix.cache import KeyValueCache, Shape
+from ragfleet.engines.shared_prefix.cache import Shape
 from ragfleet.engines.shared_prefix.forward import Forward
-from ragfleet.engines.shared_prefix.passes import TensorPass
-from ragfleet.engines.shared_prefix.scheduler import LEAST_COPIED, Limits, Pass, Scheduler
+from ragfleet.engines.shared_prefix.scheduler import LEAST_COPIED, Limits, Scheduler
+from ragfleet.engines.shared_prefix.ways import Way
 
 TOLERANCE: Final = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 """Largest difference of logits, relative to their spread over the vocabulary."""
@@ -30,14 +30,13 @@ class Unsupported(Exception):
     """Why the loop can't take this model; one line for the log."""
 
 
-def check_config(model: Any) -> None:
+def check_config(model: Any, way: Way) -> None:
     """Raises Unsupported for what the configuration tells."""
     config = model.config.get_text_config()
     kind = config.model_type
-    if model.device.type != "cpu":
-        raise Unsupported("it has not been proved on GPUs yet")
-    if model.dtype not in TOLERANCE:
-        raise Unsupported(f"it computes in fp32 and bf16, not {model.dtype}")
+    if model.dtype not in way.dtypes:
+        known = sorted(str(dtype) for dtype in way.dtypes)
+        raise Unsupported(f"it computes in {' and '.join(known)}, not {model.dtype}")
     if getattr(model.config, "quantization_config", None) is not None:
         raise Unsupported("the weights are quantised")
     others = sorted(set(getattr(config, "layer_types", None) or ()) - {"full_attention"})
@@ -55,28 +54,22 @@ def check_config(model: Any) -> None:
         raise Unsupported(f"{kind} takes no {', '.join(sorted(missing))}")
 
 
-class ProbePass(TensorPass):
-    """A pass that also looks at what each layer wants of its attention."""
+class Probe:
+    """Looks at what each layer of a pass wants of its attention."""
 
     long_run = 8  # so that the head's two pieces go both ways
 
-    def __init__(
-        self,
-        scheduled: Pass,
-        last_tokens: Mapping[int, int],
-        cache: KeyValueCache,
-        max_model_len: int | None,
-    ) -> None:
-        super().__init__(scheduled, last_tokens, cache)
+    def __init__(self, shape: Shape, max_model_len: int | None) -> None:
+        self._shape = shape
         self._max_model_len = max_model_len
         self.layers: list[int] = []
 
     def check(self, module: Any, key: torch.Tensor, value: torch.Tensor, **others: Any) -> None:
         self.layers.append(module.layer_idx)
         kind = type(module).__name__
-        heads, dim = self._cache.pool.shape[3:]
+        wanted = (self._shape.num_kv_heads, self._shape.head_dim)
         for states in (key, value):
-            if states.shape[1::2] != (heads, dim):
+            if states.shape[1::2] != wanted:
                 raise Unsupported(f"{kind} has keys and values of {tuple(states.shape)}")
         if not getattr(module, "is_causal", True):
             raise Unsupported(f"{kind} is not causal")
@@ -116,6 +109,7 @@ ANSWER: Final = 2
 
 
 def self_check(
+    way: Way,
     forward: Forward,
     shape: Shape,
     prompts: Sequence[Sequence[int]],
@@ -130,17 +124,18 @@ def self_check(
         pass_tokens=19,  # so that the head is read in two pieces, and slots fill one by one
         own_tokens=8,  # so that the lonely prompt gets a node
     )
-    scheduler, cache = Scheduler(limits), KeyValueCache(shape, limits)
+    scheduler, cache = Scheduler(limits), way.make_cache(shape, limits)
     for number, prompt in enumerate(prompts):
         scheduler.submit(bytes([number]), prompt[:-ANSWER])
     fed: dict[int, int] = {}
     last_tokens: dict[int, int] = {}
     while (scheduled := scheduler.next_pass()).num_tokens:
-        tensors = ProbePass(scheduled, last_tokens, cache, max_model_len)
+        probe = Probe(shape, max_model_len)
+        tensors = way.make_pass(scheduled, last_tokens, cache, probe)
         logits = forward(tensors)
-        if sorted(tensors.layers) != list(range(shape.num_layers)):
+        if sorted(probe.layers) != list(range(shape.num_layers)):
             raise Unsupported(
-                f"{len(set(tensors.layers))} of {shape.num_layers} layers have an attention that"
+                f"{len(set(probe.layers))} of {shape.num_layers} layers have an attention that"
                 " can be exchanged"
             )
         for slot, ours in zip(tensors.slots, logits, strict=True):
@@ -165,14 +160,14 @@ def _compare(ours: torch.Tensor, plain: torch.Tensor) -> None:
         )
 
 
-def ready(model: Any, max_model_len: int | None, *, pack: bool = True) -> Forward:
+def ready(model: Any, way: Way, max_model_len: int | None) -> Forward:
     """`model`, changed for passes and proved; unchanged where this raises Unsupported."""
-    check_config(model)
+    check_config(model, way)
     prompts = probe_prompts(model.get_input_embeddings().weight.shape[0])
     expected = plain_logits(model, prompts)
-    forward = Forward(model, pack=pack)
+    forward = Forward(model, pack=way.packs_weights)
     try:
-        self_check(forward, Shape.of(model), prompts, expected, max_model_len)
+        self_check(way, forward, Shape.of(model), prompts, expected, max_model_len)
     except Unsupported:
         forward.undo()
         raise

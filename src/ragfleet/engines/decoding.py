@@ -68,6 +68,17 @@ class TokenChooser:
     def choose(self, scores: torch.Tensor, rows: Sequence[Row]) -> torch.Tensor:
         """[rows, vocab] logits to [rows] tokens. Rows that are done draw nothing."""
         if self.is_greedy:
+            return self.pick(scores, None)
+        draws = torch.tensor(self.draw(rows), dtype=torch.float64, device=scores.device)
+        return self.pick(scores, draws)
+
+    def draw(self, rows: Sequence[Row]) -> list[float]:
+        """The next number of each row's stream, for one token."""
+        return [0.0 if row.done else row.stream.random() for row in rows]
+
+    def pick(self, scores: torch.Tensor, draws: torch.Tensor | None) -> torch.Tensor:
+        """`choose` on the device alone: fp64 `draws` [rows], made beforehand; None: greedy."""
+        if draws is None:
             return scores.argmax(dim=-1)
         probs = torch.softmax(scores.float() / self._temperature, dim=-1)  # [rows, vocab]
         if self._top_p < 1:
@@ -75,11 +86,9 @@ class TokenChooser:
             before = ordered.cumsum(dim=-1) - ordered  # probability of all likelier tokens
             ordered[before >= self._top_p] = 0
             probs = torch.zeros_like(probs).scatter_(-1, index, ordered)
-        draws = [0.0 if row.done else row.stream.random() for row in rows]
         bounds = probs.double().cumsum(dim=-1)
-        wanted = torch.tensor(draws, dtype=torch.float64, device=bounds.device)[:, None]
         # right=True: a draw of 0.0 skips tokens of probability 0.
-        token = torch.searchsorted(bounds, wanted * bounds[:, -1:], right=True)
+        token = torch.searchsorted(bounds, draws[:, None] * bounds[:, -1:], right=True)
         # NaN rows would point past the vocabulary.
         return token.clamp_(max=probs.shape[-1] - 1)[:, 0]
 

@@ -9,19 +9,18 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Final
-
-import torch
 
 from ragfleet.engines.batched import BatchedLoop
 from ragfleet.engines.decoding import Row, RowEnder, TokenChooser, not_finite, outcome_of
 from ragfleet.engines.protocol import EngineSpec, Failure, Outcome, Prepared, RequestKey
 from ragfleet.engines.shared_prefix.cache import Shape, limits_within
-from ragfleet.engines.shared_prefix.forward import Forward, Readable
-from ragfleet.engines.shared_prefix.scheduler import Limits, Scheduler
-from ragfleet.engines.shared_prefix.support import Unsupported, ready
-from ragfleet.engines.shared_prefix.ways import Way, way_of
+from ragfleet.engines.shared_prefix.decoder import BURST_STEPS, Decoder
+from ragfleet.engines.shared_prefix.forward import Forward
+from ragfleet.engines.shared_prefix.scheduler import Limits, Pass, Scheduler
+from ragfleet.engines.shared_prefix.support import ready
+from ragfleet.engines.shared_prefix.ways import Cache, Unsupported, Way, way_of
 from ragfleet.errors import ModelError
 from ragfleet.tokens import PromptTokenizer
 
@@ -31,6 +30,8 @@ LOOKAHEAD: Final = 2
 """Waiting requests per slot: enough to see the end of a group, and what the next ones share."""
 MOST_FAILURES: Final = 3
 """So many failed passes, and all further requests take the plain loop."""
+Step = tuple[Sequence[int], Sequence[int]]
+"""By slot: a token, and whether its logits were not finite."""
 
 
 class SharedPrefixLoop:
@@ -56,8 +57,12 @@ class SharedPrefixLoop:
         self._plain = plain
         self._on_tokens = on_tokens
         self._scheduler = Scheduler(limits)
-        self._cache = way.make_cache(shape, limits)
         self._chooser = TokenChooser(spec.sampling)
+        self._cache: Cache | None = way.make_cache(shape, limits)
+        self._num_bytes = self._cache.num_bytes
+        self._decoder: Decoder | None = None
+        if way.make_decoder is not None:
+            self._decoder = way.make_decoder(forward, self._cache, self._chooser)
         self._aborted: set[RequestKey] = set()
         self._ender = RowEnder(tokenizer, stops, self._aborted.__contains__)
         self._rows: dict[RequestKey, Row] = {}
@@ -73,7 +78,7 @@ class SharedPrefixLoop:
         limits = self._scheduler.limits
         notes = [
             f"shared prefixes are read once: {limits.num_slots} slots and {limits.pool_tokens:,}"
-            f" pooled tokens, {self._cache.num_bytes:,} bytes of keys and values"
+            f" pooled tokens, {self._num_bytes:,} bytes of keys and values"
         ]
         if self._forward.why_not_packed is not None:
             notes.append(f"the weights are not packed: {self._forward.why_not_packed}")
@@ -138,7 +143,7 @@ class SharedPrefixLoop:
         done = self._scheduler
         return (
             f"read {done.read_tokens:,} of {done.prompt_tokens:,} prompt tokens, the rest was"
-            f" shared; {self._cache.num_bytes:,} bytes of keys and values, at most"
+            f" shared; {self._num_bytes:,} bytes of keys and values, at most"
             f" {done.peak_pool_tokens:,} of {done.limits.pool_tokens:,} pooled tokens in use"
         )
 
@@ -149,36 +154,66 @@ class SharedPrefixLoop:
         if not scheduled.num_tokens:
             return []
         try:
-            tensors = self._way.make_pass(scheduled, self._last_tokens, self._cache, None)
-            logits = self._forward(tensors)
+            if self._decoder is not None and not scheduled.runs:
+                slots, steps = self._decode(self._decoder, scheduled)
+            else:
+                slots, steps = self._read(scheduled)
         except Exception as error:  # a model's forward can raise anything
             message = f"{type(error).__name__}: {error}"
         else:
-            return self._take(tensors, logits) if tensors.slots else []
+            return self._take(slots, steps) if slots else []
         self._fall_back(message)
         return []
 
-    def _take(self, tensors: Readable, logits: torch.Tensor) -> list[Outcome]:
-        """Choose a token for each slot; outcomes of the rows that it ends."""
-        rows = [self._rows[self._scheduler.key_of(slot)] for slot in tensors.slots]
-        tokens = self._chooser.choose(logits, rows).tolist()
-        broken = not_finite(logits).tolist()
-        self._on_tokens(len(rows))
+    def _rows_of(self, slots: Sequence[int]) -> list[Row]:
+        return [self._rows[self._scheduler.key_of(slot)] for slot in slots]
+
+    def _read(self, scheduled: Pass) -> tuple[list[int], list[Step]]:
+        """One forward; slots, and a token for each."""
+        tensors = self._way.make_pass(scheduled, self._last_tokens, self._cache, None)
+        logits = self._forward(tensors)
+        if not tensors.slots:
+            return [], []
+        tokens = self._chooser.choose(logits, self._rows_of(tensors.slots)).tolist()
+        return tensors.slots, [(tokens, not_finite(logits).tolist())]
+
+    def _decode(self, decoder: Decoder, scheduled: Pass) -> tuple[list[int], list[Step]]:
+        """Several tokens of slots that all decode, none beyond --max_new_tokens."""
+        slots = [row.slot for row in scheduled.rows]
+        rows = self._rows_of(slots)
+        left = self._spec.sampling.max_new_tokens - max(row.num_tokens for row in rows)
+        steps = min(BURST_STEPS, left)
+        is_greedy = self._chooser.is_greedy
+        draws = [] if is_greedy else [self._chooser.draw(rows) for _ in range(steps)]
+        self._scheduler.advance(steps - 1)
+        return slots, list(decoder.decode(scheduled.rows, self._last_tokens, steps, draws))
+
+    def _take(self, slots: Sequence[int], steps: Sequence[Step]) -> list[Outcome]:
+        """Outcomes of the rows that these tokens end; what comes after an end is dropped."""
         outcomes: list[Outcome] = []
-        for row, slot, token, is_broken in zip(rows, tensors.slots, tokens, broken, strict=True):
-            if not row.num_tokens:
-                row.deadline_s = time.monotonic() + self._timeout_s
-                row.cached_tokens = self._scheduler.cached_tokens(slot)
-            self._ender.take(row, token, is_broken)
-            self._last_tokens[slot] = token
-            if row.done or row.num_tokens >= self._spec.sampling.max_new_tokens:
-                self._finish(row, slot, outcomes)
+        running = list(enumerate(zip(self._rows_of(slots), slots, strict=True)))
+        for tokens, broken in steps:
+            if not running:
+                break
+            self._on_tokens(len(running))
+            going_on = []
+            for index, (row, slot) in running:
+                if not row.num_tokens:
+                    row.deadline_s = time.monotonic() + self._timeout_s
+                    row.cached_tokens = self._scheduler.cached_tokens(slot)
+                self._ender.take(row, tokens[index], bool(broken[index]))
+                self._last_tokens[slot] = tokens[index]
+                if row.done or row.num_tokens >= self._spec.sampling.max_new_tokens:
+                    self._finish(row, slot, outcomes)
+                else:
+                    going_on.append((index, (row, slot)))
+            running = going_on
         return outcomes
 
     def _finish(self, row: Row, slot: int, outcomes: list[Outcome]) -> None:
         key = row.prepared.key
         self._scheduler.release(slot)
-        if row.broken:
+        if row.broken and self._cache is not None:
             self._cache.taint(slot)
         del self._rows[key]
         self._aborted.discard(key)
@@ -199,6 +234,8 @@ class SharedPrefixLoop:
         )
         if self._is_plain:
             keys += self._scheduler.take_waiting()
+            # A GPU has no memory to spare for what nobody will use again.
+            self._cache = self._decoder = None
         for key in keys:
             row = self._rows.pop(key)
             if key not in self._aborted:
@@ -217,10 +254,10 @@ def make_loop(
 ) -> SharedPrefixLoop:
     """Raises Unsupported, `model` being as it was; ModelError: --kv_cache_bytes is too small."""
     shape = Shape.of(model)
+    if shape.device.type != "cpu" and spec.prefix_sharing != "on":
+        raise Unsupported("it has not been proved on GPUs yet; --prefix_sharing on tries it")
     way = way_of(shape)
-    if way is None:
-        raise Unsupported("it has not been proved on GPUs yet")
-    forward = ready(model, way, max_model_len)
+    forward = ready(model, way, max_model_len, TokenChooser(spec.sampling))
     sizes: Any = {
         "num_slots": spec.batch_size or way.num_slots,
         "max_new_tokens": spec.sampling.max_new_tokens,
@@ -230,7 +267,13 @@ def make_loop(
     if budget is None:
         budget = way.default_budget(shape, spec, sizes)
     try:
-        limits = limits_within(budget, shape, **sizes, pass_tokens=way.pass_tokens)
+        limits = limits_within(
+            budget,
+            shape,
+            **sizes,
+            pass_tokens=way.pass_tokens,
+            extra_tokens=way.extra_tokens,
+        )
     except ValueError as error:
         forward.undo()
         if spec.kv_cache_bytes is None:

@@ -39,13 +39,14 @@ class Ranges:
         for num_queries, _, _ in asked:
             starts.append(starts[-1] + num_queries)
         options: Any = {"dtype": torch.int32, "device": device}
+        max_q = max(num_queries for num_queries, _, _ in asked)
         return cls(
             starts_q=torch.tensor(starts, **options),
             offsets_k=torch.tensor([*(offset for _, offset, _ in asked), 0], **options),
             lengths_k=torch.tensor([length for _, _, length in asked], **options),
-            max_q=max(num_queries for num_queries, _, _ in asked),
+            max_q=max_q,
             max_k=max(length for _, _, length in asked),
-            causal=causal,
+            causal=causal and max_q > 1,  # the same, and the kernel's other way wants it said
         )
 
 

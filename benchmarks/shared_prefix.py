@@ -186,7 +186,7 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
     )
     ours = make_engine(model_dir, spec, args.threads, args)
     static = make_engine(
-        model_dir, spec, args.threads, args, prefix_sharing=False, batch_size=args.static_batch
+        model_dir, spec, args.threads, args, prefix_sharing="off", batch_size=args.static_batch
     )
     arms: dict[str, Callable[[], Answers]] = {
         "naive": lambda: naive(plain, sample, spec.max_new_tokens, 3),

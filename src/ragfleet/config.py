@@ -29,7 +29,7 @@ TruncateContext = Literal["error", "head", "tail"]
 Schedule = Literal["dynamic", "static"]
 Dedup = Literal["auto", "off"]
 FailedContexts = Literal["row", "drop"]
-PrefixSharing = Literal["auto", "off"]
+PrefixSharing = Literal["auto", "on", "off"]
 
 
 _CHOICES = {
@@ -99,11 +99,11 @@ class RunConfig:
     stop: tuple[str, ...] = ()
     """Strings that end an answer (they are not part of it)."""
     batch_size: int | None = None
-    """Most requests generated together by one worker (empty: 64 where prefixes are shared, else 8
-    on CPU and 32 on a GPU; vllm: its own default)."""
+    """Most requests generated together by one worker (empty: where prefixes are shared 64 on CPU
+    and 256 on a GPU, else 8 and 32; vllm: its own default)."""
     prefix_sharing: PrefixSharing = "auto"
     """transformers only. auto: what prompts share is read once, where that is proved right (CPU,
-    full-attention decoders); off: plain batches."""
+    full-attention decoders); on: also on a GPU, where nobody has run it yet; off: plain batches."""
     kv_cache_bytes: int | None = None
     """Most memory per worker for keys and values where prefixes are shared (empty: by the machine's
     memory)."""

@@ -26,6 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ragfleet.claims import Board
+from ragfleet.config import PrefixSharing
 from ragfleet.engines.protocol import EngineSpec, PromptSettings, SamplingParams
 from ragfleet.errors import OutputError, StorageError
 from ragfleet.remote.spec import RemoteSpec
@@ -63,7 +64,7 @@ class Launch(msgspec.Struct, frozen=True, kw_only=True):
     precision: str
     batch_size: int | None
     engine_options: dict[str, Any]
-    prefix_sharing: bool
+    prefix_sharing: PrefixSharing
     kv_cache_bytes: int | None
     max_model_len: int | None
     trust_remote_code: bool

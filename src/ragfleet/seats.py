@@ -38,7 +38,7 @@ def launch_of(
         precision=preparation.precision,
         batch_size=config.batch_size,
         engine_options=config.engine_options,
-        prefix_sharing=config.prefix_sharing == "auto",
+        prefix_sharing=config.prefix_sharing,
         kv_cache_bytes=config.kv_cache_bytes,
         max_model_len=config.max_model_len,
         trust_remote_code=config.trust_remote_code,

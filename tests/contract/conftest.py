@@ -23,7 +23,7 @@ from ragfleet.remote.spec import RemoteSpec
 CONTRACT_ENGINES: dict[str, tuple[str, str | None, dict[str, Any]]] = {
     "echo": ("echo", None, {}),
     "transformers": ("transformers", None, {}),
-    "plain batches": ("transformers", None, {"prefix_sharing": False}),
+    "plain batches": ("transformers", None, {"prefix_sharing": "off"}),
     "sync": ("echo", "Sync", {}),
     "async": ("echo", "Async", {}),
     "create_prompt": ("transformers", "Prompt", {}),

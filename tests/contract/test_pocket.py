@@ -267,7 +267,7 @@ def test_mutated_batches_are_found_out(
 ) -> None:
     """Each mutation touches only what follows the first token: the prompt itself is read right."""
     engine = start(
-        model_dir=POCKET, max_new_tokens=MAX_NEW_TOKENS, batch_size=BATCH, prefix_sharing=False
+        model_dir=POCKET, max_new_tokens=MAX_NEW_TOKENS, batch_size=BATCH, prefix_sharing="off"
     )
     assert isinstance(engine, TransformersEngine)
     calls = 0

@@ -1,4 +1,8 @@
-"""The shared-prefix loop: token for token plain `generate`, within its budget, or not used."""
+"""The shared-prefix loop: token for token plain `generate`, within its budget, or not used.
+
+By the CPU's way, and where a test is `by_any_way` by CUDA's with a plain kernel, on the CPU. What
+only that one has is in test_cuda_way.py.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +14,15 @@ from typing import Any
 import msgspec
 import pytest
 import torch
+from cuda_way import take_cudas_way
 from driving import Make, ask, drive
 
 from models import Reference, changed_copy, make_model
 from ragfleet.engines import heap
 from ragfleet.engines.protocol import Completion, Engine, Failure, Prepared
-from ragfleet.engines.shared_prefix import attention, loop, packing, passes
+from ragfleet.engines.shared_prefix import attention, packing, passes, ways
 from ragfleet.engines.shared_prefix.cache import Shape, limits_within
+from ragfleet.engines.shared_prefix.forward import Forward
 from ragfleet.engines.shared_prefix.loop import SharedPrefixLoop
 from ragfleet.engines.shared_prefix.scheduler import Scheduler
 from ragfleet.engines.transformers import TransformersEngine
@@ -78,6 +84,12 @@ def prompt_sets() -> dict[str, list[list[int]]]:
     }
 
 
+@pytest.fixture(params=["the CPU's way", "CUDA's way"])
+def by_any_way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param == "CUDA's way":
+        take_cudas_way(monkeypatch)
+
+
 @pytest.fixture(scope="module")
 def wanted(small_model: Path, reference: Reference) -> dict[str, list[list[int]]]:
     return {
@@ -86,6 +98,7 @@ def wanted(small_model: Path, reference: Reference) -> dict[str, list[list[int]]
     }
 
 
+@pytest.mark.usefixtures("by_any_way")
 # Three: also in the small pool below.
 @pytest.mark.parametrize("batch_size", [1, 3, 16])
 def test_tokens_are_those_of_plain_generation(
@@ -99,17 +112,21 @@ def test_tokens_are_those_of_plain_generation(
             assert found.completion_tokens == len(tokens)
 
 
+@pytest.mark.usefixtures("by_any_way")
 def test_a_small_pool_evicts_and_answers_the_same(
     start: Make, wanted: dict[str, list[list[int]]]
 ) -> None:
     budget = BYTES_PER_TOKEN * (3 * (64 + NEW) + 420)
     engine = start(batch_size=3, max_new_tokens=NEW, kv_cache_bytes=budget)
-    assert loop_of(engine)._cache.num_bytes <= budget
+    cache = loop_of(engine)._cache
+    assert cache is not None
+    assert cache.num_bytes <= budget
     for name, prompts in prompt_sets().items():
         for tokens, found in zip(wanted[name], answer(engine, prompts), strict=True):
             assert list(found.token_ids) == [token for token in tokens if token != 3], name
 
 
+@pytest.mark.usefixtures("by_any_way")
 @pytest.mark.parametrize("arch", ["qwen2", "qwen3", "mistral"])
 def test_other_architectures(start: Make, tmp_path: Path, arch: str) -> None:
     tied = ["--tie_word_embeddings"] if arch.startswith("qwen") else []
@@ -124,6 +141,7 @@ def test_other_architectures(start: Make, tmp_path: Path, arch: str) -> None:
             assert list(found.token_ids) == [token for token in tokens if token != 3]
 
 
+@pytest.mark.usefixtures("by_any_way")
 def test_rows_that_end_at_different_times(
     start: Make, small_model: Path, tmp_path: Path, reference: Reference
 ) -> None:
@@ -144,6 +162,7 @@ def test_rows_that_end_at_different_times(
     assert len(ends) > 5, "they end together"
 
 
+@pytest.mark.usefixtures("by_any_way")
 def test_a_stop_string_frees_its_slot(
     start: Make, small_model: Path, wanted: dict[str, list[list[int]]]
 ) -> None:
@@ -157,6 +176,7 @@ def test_a_stop_string_frees_its_slot(
     assert loop_of(engine)._scheduler.num_admitted == 0
 
 
+@pytest.mark.usefixtures("by_any_way")
 def test_what_is_shared_is_read_once(start: Make) -> None:
     engine = start(batch_size=4, max_new_tokens=2)
     prompts = prompt_sets()["groups with a head"]
@@ -204,7 +224,7 @@ def test_a_prompt_beyond_the_budget_is_refused_before_anything_is_spent(start: M
 def test_a_prompt_beyond_the_default_budget_is_answered_plainly(
     start: Make, monkeypatch: pytest.MonkeyPatch, reference: Reference
 ) -> None:
-    monkeypatch.setattr(loop, "default_budget_bytes", lambda *_, **__: BYTES_PER_TOKEN * 800)
+    monkeypatch.setattr(ways, "default_budget_bytes", lambda *_, **__: BYTES_PER_TOKEN * 800)
     engine = start(batch_size=2, max_new_tokens=NEW)
     rng = random.Random(1)
     prompts = [ids(rng, 20), ids(rng, 900), ids(rng, 30)]
@@ -216,7 +236,9 @@ def test_a_prompt_beyond_the_default_budget_is_answered_plainly(
 @pytest.mark.parametrize("budget", [3e5, 1e6, 5e7, 4e9])
 def test_what_is_allocated_stays_within_the_budget(budget: float) -> None:
     shape = Shape(2, 2, 16, torch.float32, torch.device("cpu"))
-    limits = limits_within(int(budget), shape, num_slots=64, max_new_tokens=32, max_model_len=8192)
+    limits = limits_within(
+        int(budget), shape, num_slots=64, max_new_tokens=32, max_model_len=8192, pass_tokens=512
+    )
     tokens = limits.pool_tokens + limits.num_slots * limits.slot_tokens
     assert tokens * shape.bytes_per_token <= budget
     assert limits.num_slots >= 1
@@ -308,6 +330,7 @@ def test_the_self_check_looks_at_blocks(start: Make, monkeypatch: pytest.MonkeyP
     assert not isinstance(engine._loop, SharedPrefixLoop)  # type: ignore[attr-defined]
 
 
+@pytest.mark.usefixtures("by_any_way")
 @pytest.mark.parametrize("failures", [1, 3])
 def test_a_pass_that_fails_is_answered_plainly(
     start: Make,
@@ -317,18 +340,18 @@ def test_a_pass_that_fails_is_answered_plainly(
     failures: int,
 ) -> None:
     engine = start(batch_size=3, max_new_tokens=NEW)
-    forward = loop_of(engine)._forward
+    forward = Forward.__call__
     calls = 0
 
-    def failing(tensors: Any) -> torch.Tensor:
+    def failing(self: Forward, tensors: Any) -> torch.Tensor:
         nonlocal calls
         calls += 1
         if calls % 7 == 0 and calls <= 7 * failures:
             raise RuntimeError("no such kernel")
-        return forward(tensors)
+        return forward(self, tensors)
 
-    failing.plain = forward.plain  # type: ignore[attr-defined]
-    monkeypatch.setattr(loop_of(engine), "_forward", failing)
+    loop_of(engine)
+    monkeypatch.setattr(Forward, "__call__", failing)
     prompts = prompt_sets()["groups with a head"]
     for tokens, found in zip(wanted["groups with a head"], answer(engine, prompts), strict=True):
         assert list(found.token_ids) == [token for token in tokens if token != 3]
@@ -337,6 +360,7 @@ def test_a_pass_that_fails_is_answered_plainly(
     assert ("and so are all that follow" in caplog.text) == (failures == 3)
 
 
+@pytest.mark.usefixtures("by_any_way")
 def test_abort_while_running(start: Make, wanted: dict[str, list[list[int]]]) -> None:
     engine = start(batch_size=4, max_new_tokens=NEW)
     assert isinstance(engine, TransformersEngine)
@@ -356,6 +380,7 @@ def test_abort_while_running(start: Make, wanted: dict[str, list[list[int]]]) ->
     assert loop_of(engine)._scheduler.num_admitted == 0
 
 
+@pytest.mark.usefixtures("by_any_way")
 def test_a_row_that_takes_too_long(start: Make) -> None:
     engine = start(max_new_tokens=400, request_timeout_s=0.01)
     failure = drive(engine, [ask(1)])[ask(1).key]
@@ -364,6 +389,7 @@ def test_a_row_that_takes_too_long(start: Make) -> None:
     assert "--request_timeout_s" in failure.error
 
 
+@pytest.mark.usefixtures("by_any_way")
 def test_a_broken_row_leaves_nothing_in_its_slot(
     start: Make, wanted: dict[str, list[list[int]]]
 ) -> None:

@@ -64,13 +64,13 @@ def prompt_ids(engine: Engine, request: Request) -> Sequence[int]:
 # ---- equality ---------------------------------------------------------------------------------
 
 
-BOTH_LOOPS = {True: "shared prefixes", False: "plain batches"}
+BOTH_LOOPS = {"auto": "shared prefixes", "off": "plain batches"}
 
 
 @pytest.fixture(params=BOTH_LOOPS, ids=BOTH_LOOPS.get)
-def sharing(request: pytest.FixtureRequest) -> bool:
+def sharing(request: pytest.FixtureRequest) -> str:
     """Which loop."""
-    assert isinstance(request.param, bool)
+    assert isinstance(request.param, str)
     return request.param
 
 
@@ -94,7 +94,7 @@ def expected(small_model: Path, reference: Reference) -> list[list[int]]:
 
 @pytest.mark.parametrize("batch_size", [1, 3, 8])
 def test_greedy_tokens_are_those_of_batch_size_1(
-    start: Make, expected: list[list[int]], batch_size: int, sharing: bool
+    start: Make, expected: list[list[int]], batch_size: int, sharing: str
 ) -> None:
     engine = start(batch_size=batch_size, max_new_tokens=NEW, prefix_sharing=sharing)
     requests = examples()
@@ -108,9 +108,9 @@ def test_greedy_tokens_are_those_of_batch_size_1(
     assert engine.progress() == sum(map(len, expected))
 
 
-@pytest.mark.parametrize("sharing", [True, False], ids=BOTH_LOOPS.get)
+@pytest.mark.parametrize("sharing", BOTH_LOOPS, ids=BOTH_LOOPS.get)
 @pytest.mark.parametrize("arch", ["qwen2", "qwen3", "mistral"])
-def test_other_architectures(start: Make, tmp_path: Path, arch: str, sharing: bool) -> None:
+def test_other_architectures(start: Make, tmp_path: Path, arch: str, sharing: str) -> None:
     tied = ["--tie_word_embeddings"] if arch.startswith("qwen") else []
     model = make_model(tmp_path / arch, "--arch", arch, "--no-chat_template", *tied)
     engine = start(model_dir=model, batch_size=4, prefix_sharing=sharing)
@@ -123,7 +123,7 @@ def test_other_architectures(start: Make, tmp_path: Path, arch: str, sharing: bo
 
 
 def test_the_end_marker_ends_a_row_and_is_counted(
-    start: Make, small_model: Path, tmp_path: Path, expected: list[list[int]], sharing: bool
+    start: Make, small_model: Path, tmp_path: Path, expected: list[list[int]], sharing: str
 ) -> None:
     marks = sorted({tokens[index] for index, tokens in enumerate(expected[:8])})
     model = changed_copy(
@@ -166,8 +166,8 @@ def test_what_generation_config_sets_is_named_and_not_applied(
 @pytest.mark.parametrize("temperature", [0.1, 0.9])
 def test_draws_do_not_depend_on_loop_batches_or_order(start: Make, temperature: float) -> None:
     settings = {"temperature": temperature, "top_p": 0.9, "max_new_tokens": NEW}
-    alone = completions(start(batch_size=1, prefix_sharing=False, **settings), examples(1000)[:12])
-    for sharing in (True, False):
+    alone = completions(start(batch_size=1, prefix_sharing="off", **settings), examples(1000)[:12])
+    for sharing in BOTH_LOOPS:
         engine = start(batch_size=4, prefix_sharing=sharing, **settings)
         together = completions(engine, examples(1000)[11::-1])[::-1]
         assert [a.token_ids for a in alone] == [b.token_ids for b in together]
@@ -216,7 +216,7 @@ def test_a_tiny_temperature_is_greedy(start: Make, expected: list[list[int]]) ->
 
 
 def test_stop_strings_within_and_across_tokens(
-    start: Make, small_model: Path, expected: list[list[int]], sharing: bool
+    start: Make, small_model: Path, expected: list[list[int]], sharing: str
 ) -> None:
     tokenizer = load_tokenizer(small_model)
     texts = [tokenizer.decode(tokens) for tokens in expected[:8]]
@@ -332,7 +332,7 @@ def test_a_token_the_model_has_no_row_for(start: Make, small_model: Path) -> Non
 
 
 def test_the_oldest_request_is_not_starved(start: Make) -> None:
-    engine = start(batch_size=2, max_new_tokens=1, prefix_sharing=False)
+    engine = start(batch_size=2, max_new_tokens=1, prefix_sharing="off")
     short = engine.prepare(ask(0, context=""))
     assert isinstance(short, Prepared)
     engine.submit(short)
@@ -369,7 +369,7 @@ def failing(engine: Engine, monkeypatch: pytest.MonkeyPatch, fails: Any, error: 
 def test_out_of_memory_halves_the_batch(
     start: Make, monkeypatch: pytest.MonkeyPatch, expected: list[list[int]]
 ) -> None:
-    engine = start(batch_size=8, max_new_tokens=NEW, prefix_sharing=False)
+    engine = start(batch_size=8, max_new_tokens=NEW, prefix_sharing="off")
     sizes: list[int] = []
 
     def fails(ids: torch.Tensor) -> bool:
@@ -388,7 +388,7 @@ def test_batches_grow_back_when_memory_does(
 ) -> None:
     """Somebody else held the GPU's memory for a while."""
     caplog.set_level("INFO")
-    engine = start(batch_size=4, max_new_tokens=1, prefix_sharing=False)
+    engine = start(batch_size=4, max_new_tokens=1, prefix_sharing="off")
     sizes: list[int] = []
 
     def fails(ids: torch.Tensor) -> bool:
@@ -411,7 +411,7 @@ def test_one_record_that_does_not_fit(
 ) -> None:
     """A smaller budget, alone, and only then the failure row; each step in the log."""
     caplog.set_level("INFO")
-    engine = start(batch_size=4, prefix_sharing=False)
+    engine = start(batch_size=4, prefix_sharing="off")
     error = RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
     failing(engine, monkeypatch, lambda ids: ids.shape[1] > 500, error)
     outcomes = drive(engine, [ask(0), ask(1, context="word " * 800), ask(2)])
@@ -426,7 +426,7 @@ def test_one_record_that_does_not_fit(
 
 
 def test_one_bad_row_fails_alone(start: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = start(batch_size=4, prefix_sharing=False)
+    engine = start(batch_size=4, prefix_sharing="off")
     bad = max(set(prompt_ids(engine, ask(1, "Zebra?"))) - set(prompt_ids(engine, ask(0))))
     failing(engine, monkeypatch, lambda ids: bool((ids == bad).any()), ValueError("odd shape"))
     outcomes = drive(engine, [ask(0), ask(1, "Zebra?"), ask(2), ask(3)])
@@ -437,7 +437,7 @@ def test_one_bad_row_fails_alone(start: Make, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_lost_gpu_ends_the_engine(start: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = start(prefix_sharing=False)
+    engine = start(prefix_sharing="off")
     error = RuntimeError("CUDA error: device-side assert triggered")
     failing(engine, monkeypatch, lambda ids: True, error)
     prepared = engine.prepare(ask(1))
@@ -448,7 +448,7 @@ def test_a_lost_gpu_ends_the_engine(start: Make, monkeypatch: pytest.MonkeyPatch
 
 
 def test_an_interrupt_passes_through(start: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = start(prefix_sharing=False)
+    engine = start(prefix_sharing="off")
     failing(engine, monkeypatch, lambda ids: True, KeyboardInterrupt())  # type: ignore[arg-type]
     prepared = engine.prepare(ask(1))
     assert isinstance(prepared, Prepared)
@@ -458,7 +458,7 @@ def test_an_interrupt_passes_through(start: Make, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_logits_that_are_not_numbers(start: Make, temperature: float, sharing: bool) -> None:
+def test_logits_that_are_not_numbers(start: Make, temperature: float, sharing: str) -> None:
     engine = start(temperature=temperature, prefix_sharing=sharing)
     assert isinstance(engine, TransformersEngine)
     engine._model.model.norm.weight.fill_(float("nan"))
@@ -468,7 +468,7 @@ def test_logits_that_are_not_numbers(start: Make, temperature: float, sharing: b
 
 
 def test_abort_while_running(start: Make) -> None:
-    engine = start(batch_size=4, max_new_tokens=NEW, prefix_sharing=False)
+    engine = start(batch_size=4, max_new_tokens=NEW, prefix_sharing="off")
     assert isinstance(engine, TransformersEngine)
     count = engine._count
 

@@ -75,10 +75,10 @@ class EngineSpec:
     """Options in the engine's own words; vLLM has them."""
     gpu_memory_bytes: int | None = None
     """This worker's part of each of its GPUs, where workers share them; None: it has them alone."""
-    prefix_sharing: bool = True
-    """Whether the transformers engine may read what prompts share once."""
+    prefix_sharing: Literal["auto", "on", "off"] = "auto"
+    """Whether the transformers engine may read what prompts share once; auto: not on a GPU."""
     kv_cache_bytes: int | None = None
-    """Memory for keys and values of that; None: chosen from the machine's memory."""
+    """Memory for keys and values of that; None: chosen from the device's memory."""
     max_model_len: int | None = None
     trust_remote_code: bool = False
     max_retries: int = 2

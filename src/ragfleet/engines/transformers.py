@@ -28,7 +28,7 @@ from ragfleet.engines.protocol import (
     RequestKey,
 )
 from ragfleet.engines.shared_prefix.loop import SharedPrefixLoop, make_loop
-from ragfleet.engines.shared_prefix.support import Unsupported
+from ragfleet.engines.shared_prefix.ways import Unsupported
 from ragfleet.errors import ModelError
 from ragfleet.model_files import model_limit
 from ragfleet.prompts import PLAIN_STOP
@@ -97,7 +97,7 @@ class TransformersEngine:
         """The loop, and why it is not the one that shares; adds notes."""
         assert self._tokenizer is not None
         plain = BatchedLoop(self._spec, self._model, self._tokenizer, stops, self._on_tokens)
-        if not self._spec.prefix_sharing:
+        if self._spec.prefix_sharing == "off":
             return plain, None
         try:
             loop = make_loop(
@@ -110,11 +110,22 @@ class TransformersEngine:
                 self._on_tokens,
             )
         except Unsupported as error:
+            self._check_device(error)
             degraded = f"plain batches, in which prompts share nothing: {error}"
             notes.append(degraded)
             return plain, degraded
         notes += loop.notes
         return loop, None
+
+    def _check_device(self, reason: Unsupported) -> None:
+        # Where a kernel reads what is not its own, a GPU answers nothing more to this process.
+        try:
+            torch.zeros(1, device=self._model.device).item()
+        except RuntimeError as error:
+            raise ModelError(
+                f"the GPU failed while --prefix_sharing on was tried ({reason}): {error};"
+                " start again with --prefix_sharing off."
+            ) from error
 
     def prepare(self, request: Request) -> Prepared | Failure:
         assert self._tokenizer is not None, "start() comes first"

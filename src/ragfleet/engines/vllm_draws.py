@@ -6,7 +6,7 @@ back by the generator's offset. Generators on the CPU have none, and vLLM dies t
 does not use offset", 0.32). To have prompts read whole is no way out: a step may then be as long as
 max_model_len, in time and in memory.
 
-Here the n-th token has the n-th draw of the record's stream, however often it is asked for. The
+Here the n-th token has the n-th draws of the record's stream, however often it is asked for. The
 stream and the choice are those of the transformers engine.
 """
 
@@ -14,17 +14,15 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
 from vllm.v1.sample.logits_processor import LogitsProcessor
 from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 
 from ragfleet.engines.decoding import TokenChooser
 from ragfleet.engines.protocol import SamplingParams
 from ragfleet.engines.vllm_settings import DRAW
-
-if TYPE_CHECKING:
-    import torch
 
 
 class SeededDraws(LogitsProcessor):  # type: ignore[misc]
@@ -51,14 +49,14 @@ class SeededDraws(LogitsProcessor):  # type: ignore[misc]
             return None
         if self._chooser is None:  # all requests of an engine are sampled alike
             self._chooser = TokenChooser(SamplingParams(max_new_tokens=1, **asked["sampling"]))
-        return _Stream(asked["seed"], output_ids)
+        return _Stream(asked["seed"], output_ids, self._chooser.num_draws)
 
     def apply(self, logits: torch.Tensor) -> torch.Tensor:
         """[requests, vocab] logits, of which some may belong to the middle of a prompt."""
         if self._chooser is not None and self._streams:
             rows = list(self._streams)
             draws = [stream.draw() for stream in self._streams.values()]
-            tokens = self._chooser.draw(logits[rows], draws)
+            tokens = self._chooser.pick(logits[rows], logits.new_tensor(draws, dtype=torch.float64))
             logits[rows] = -float("inf")
             logits[rows, tokens] = 0.0
         return logits
@@ -67,12 +65,14 @@ class SeededDraws(LogitsProcessor):  # type: ignore[misc]
 class _Stream:
     """A request's draws, by the number of its tokens so far (`output_ids` grows)."""
 
-    def __init__(self, seed: int, output_ids: Sequence[int]) -> None:
+    def __init__(self, seed: int, output_ids: Sequence[int], num_draws: int) -> None:
+        """`num_draws`: of a token."""
         self._random = random.Random(seed)
         self._output_ids = output_ids
-        self._draws: list[float] = []
+        self._num_draws = num_draws
+        self._draws: list[list[float]] = []
 
-    def draw(self) -> float:
+    def draw(self) -> list[float]:
         while len(self._draws) <= len(self._output_ids):
-            self._draws.append(self._random.random())
+            self._draws.append([self._random.random() for _ in range(self._num_draws)])
         return self._draws[len(self._output_ids)]

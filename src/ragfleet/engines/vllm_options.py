@@ -175,7 +175,7 @@ def choose_engine(
     """What `--engine auto` (or transformers, or vllm) means here, and why, as a line to show.
 
     vLLM where it is installed and there is a GPU. Raises ConfigError or DeviceError for what can't
-    work; `options` are --engine_options, which are vLLM's alone. `seeded`: tokens are drawn by --seed.
+    work; `options` are --engine_options, which are vLLM's alone. `seeded`: --seed draws tokens.
     """
     name, why = _resolve(asked, on_gpu, installed)
     if name == "transformers":

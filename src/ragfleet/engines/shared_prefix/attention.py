@@ -43,6 +43,22 @@ class Attending(Protocol):
         ...
 
 
+class Probing(Protocol):
+    """What looks at each layer of a pass: see `support.Probe`."""
+
+    long_run: int
+    """In place of `passes.LONG_RUN`."""
+
+    def check(self, module: Any, key: torch.Tensor, value: torch.Tensor, **others: Any) -> None:
+        """See `Attending`."""
+        ...
+
+
+def unchecked(module: Any, key: torch.Tensor, value: torch.Tensor, **others: Any) -> None:
+    """The check of a pass that nobody looks at: the models that come here were checked when the
+    loop was made."""
+
+
 def attention_forward(
     module: Any,
     query: torch.Tensor,

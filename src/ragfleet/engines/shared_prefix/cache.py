@@ -15,11 +15,9 @@ import torch
 
 from ragfleet.engines.shared_prefix.scheduler import OWN_TOKENS, Limits, Range
 
-PASS_TOKENS: Final = 512
-"""Of a pass: matrix products gain nothing from more, and what lies between them stays in caches."""
 LEAST_POOL_TOKENS: Final = 256
 PREFIX_TOKENS_PER_SLOT: Final = 1024
-"""Of the default budget: more would keep prefixes that are likely done with."""
+"""Of the CPU's default budget: more would keep prefixes that are likely done with."""
 _MOST_PARTS: Final = 20_000
 _MEMORY_SHARE: Final = 0.3
 """Most of a worker's part of the machine's memory that the default budget takes."""
@@ -34,6 +32,8 @@ class Shape:
     head_dim: int
     dtype: torch.dtype
     device: torch.device
+    group: int = 1
+    """Heads that ask the same keys."""
 
     @property
     def bytes_per_token(self) -> int:
@@ -43,12 +43,14 @@ class Shape:
     def of(cls, model: Any) -> Shape:
         config = model.config.get_text_config()
         num_heads = config.num_attention_heads
+        kv_heads = getattr(config, "num_key_value_heads", None) or num_heads
         return cls(
             num_layers=config.num_hidden_layers,
-            num_kv_heads=getattr(config, "num_key_value_heads", None) or num_heads,
+            num_kv_heads=kv_heads,
             head_dim=getattr(config, "head_dim", None) or config.hidden_size // num_heads,
             dtype=model.dtype,
             device=model.device,
+            group=num_heads // kv_heads,
         )
 
 
@@ -59,43 +61,52 @@ def limits_within(
     num_slots: int,
     max_new_tokens: int,
     max_model_len: int | None,
+    pass_tokens: int,
+    extra_tokens: int = 0,
+    least_free_share: float = 0.0,
 ) -> Limits:
-    """At most half for slots, the rest for the pool. Raises ValueError with the least budget."""
+    """At most half for slots, the rest for the pool; a cache takes `extra_tokens` beyond those.
+    `least_free_share`: of the slots, see `Limits.least_free`. Raises ValueError with the least
+    budget."""
     budget_tokens = budget_bytes // shape.bytes_per_token
     slot_tokens = OWN_TOKENS + max_new_tokens
-    least = slot_tokens + LEAST_POOL_TOKENS
+    least = slot_tokens + LEAST_POOL_TOKENS + extra_tokens
     if budget_tokens < least:
         raise ValueError(
             f"{budget_bytes:,} bytes hold {budget_tokens:,} tokens of keys and values; one answer"
             f" of {max_new_tokens} tokens needs {least * shape.bytes_per_token:,} bytes"
         )
     num_slots = min(num_slots, max(1, budget_tokens // 2 // slot_tokens))
-    pool_tokens = budget_tokens - num_slots * slot_tokens
+    pool_tokens = budget_tokens - num_slots * slot_tokens - extra_tokens
     if max_model_len is not None:  # more could never be in use
         pool_tokens = min(pool_tokens, num_slots * max_model_len)
     return Limits(
         num_slots=num_slots,
         max_new_tokens=max_new_tokens,
         pool_tokens=pool_tokens,
-        pass_tokens=max(PASS_TOKENS, 2 * num_slots),
+        pass_tokens=max(pass_tokens, 2 * num_slots),
+        least_free=max(1, int(least_free_share * num_slots)),
     )
 
 
-def default_budget_bytes(
+def useful_bytes(
     shape: Shape,
     *,
     num_slots: int,
     max_new_tokens: int,
     max_model_len: int | None,
-    num_threads: int,
+    prefix_tokens: int = PREFIX_TOKENS_PER_SLOT,
 ) -> int:
-    """What is useful, within this worker's part of the memory, as its threads are of the cores."""
+    """For all slots and `prefix_tokens` of shared nodes per slot, or the longest prompt alone."""
     slot_tokens = OWN_TOKENS + max_new_tokens
-    useful_tokens = max(
-        num_slots * (slot_tokens + PREFIX_TOKENS_PER_SLOT), slot_tokens + (max_model_len or 0)
-    )
+    tokens = max(num_slots * (slot_tokens + prefix_tokens), slot_tokens + (max_model_len or 0))
+    return tokens * shape.bytes_per_token
+
+
+def default_budget_bytes(shape: Shape, *, num_threads: int, **sizes: Any) -> int:
+    """What is useful, within this worker's part of the memory, as its threads are of the cores."""
     part = min(1.0, num_threads / (os.cpu_count() or 1))
-    return min(useful_tokens * shape.bytes_per_token, int(_memory_bytes() * part * _MEMORY_SHARE))
+    return min(useful_bytes(shape, **sizes), int(_memory_bytes() * part * _MEMORY_SHARE))
 
 
 def _memory_bytes() -> int:
@@ -161,3 +172,8 @@ class KeyValueCache:
     def taint(self, slot: int) -> None:
         """What was written into a slot may not be finite."""
         self._clean.discard(slot)
+
+    def poison(self) -> None:
+        """See `ways.Cache`. Slots are cleaned before they are used."""
+        self.pool.fill_(torch.nan)
+        self.slots.fill_(torch.nan)

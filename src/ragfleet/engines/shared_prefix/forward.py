@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -20,7 +20,18 @@ from ragfleet.engines.shared_prefix.packing import (
     trim_last_layer,
     unpack_weights,
 )
-from ragfleet.engines.shared_prefix.passes import TensorPass
+
+
+class Readable(attention.Attending, Protocol):
+    """A pass as tensors, on the model's device."""
+
+    input_ids: torch.Tensor
+    """[1, tokens]"""
+    position_ids: torch.Tensor
+    logit_rows: torch.Tensor
+    """Tokens whose logits are wanted, in the order of `slots`; one at least."""
+    slots: list[int]
+    num_tokens: int
 
 
 class Forward:
@@ -30,11 +41,11 @@ class Forward:
         attention.register()
         self._model = model
         self._plain_attention = model.config._attn_implementation
-        self.why_not_packed = pack_weights(model) if pack else "not asked for"
+        self.why_not_packed = pack_weights(model) if pack else None
         self._wanted: Wanted = trim_last_layer(model)
         self._use(attention.NAME)
 
-    def __call__(self, tensors: TensorPass) -> torch.Tensor:
+    def __call__(self, tensors: Readable) -> torch.Tensor:
         """Logits [len(tensors.slots), vocab]; keys and values are written by the way."""
         everything = len(tensors.logit_rows) == tensors.num_tokens
         self._wanted.rows = None if everything else tensors.logit_rows

@@ -9,37 +9,29 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Final
-
-import torch
 
 from ragfleet.engines.batched import BatchedLoop
 from ragfleet.engines.decoding import Row, RowEnder, TokenChooser, not_finite, outcome_of
-from ragfleet.engines.heap import keep_freed_memory
 from ragfleet.engines.protocol import EngineSpec, Failure, Outcome, Prepared, RequestKey
-from ragfleet.engines.shared_prefix.cache import (
-    KeyValueCache,
-    Shape,
-    default_budget_bytes,
-    limits_within,
-)
+from ragfleet.engines.shared_prefix.cache import Shape, limits_within
+from ragfleet.engines.shared_prefix.decoder import BURST_STEPS, Decoder
 from ragfleet.engines.shared_prefix.forward import Forward
-from ragfleet.engines.shared_prefix.passes import TensorPass
-from ragfleet.engines.shared_prefix.scheduler import Limits, Scheduler
-from ragfleet.engines.shared_prefix.support import Unsupported, ready
+from ragfleet.engines.shared_prefix.scheduler import Limits, Pass, Scheduler
+from ragfleet.engines.shared_prefix.support import ready
+from ragfleet.engines.shared_prefix.ways import Cache, Unsupported, Way, way_of
 from ragfleet.errors import ModelError
 from ragfleet.tokens import PromptTokenizer
 
 log = logging.getLogger(__name__)
 
-NUM_SLOTS: Final = 64
-"""Decoded together unless --batch_size says otherwise: the products are then bound by arithmetic,
-no longer by reading the weights."""
 LOOKAHEAD: Final = 2
 """Waiting requests per slot: enough to see the end of a group, and what the next ones share."""
 MOST_FAILURES: Final = 3
 """So many failed passes, and all further requests take the plain loop."""
+Step = tuple[Sequence[int], Sequence[int]]
+"""By slot: a token, and whether its logits were not finite."""
 
 
 class SharedPrefixLoop:
@@ -48,6 +40,7 @@ class SharedPrefixLoop:
     def __init__(
         self,
         spec: EngineSpec,
+        way: Way,
         forward: Forward,
         shape: Shape,
         limits: Limits,
@@ -57,21 +50,26 @@ class SharedPrefixLoop:
         on_tokens: Callable[[int], None],
     ) -> None:
         self._spec = spec
+        self._way = way
         self._forward = forward
         self._tokenizer = tokenizer
         self._stops = stops
         self._plain = plain
         self._on_tokens = on_tokens
         self._scheduler = Scheduler(limits)
-        self._cache = KeyValueCache(shape, limits)
         self._chooser = TokenChooser(spec.sampling)
+        self._cache: Cache | None = way.make_cache(shape, limits)
+        self._num_bytes = self._cache.num_bytes
+        self._decoder: Decoder | None = None
+        if way.make_decoder is not None:
+            self._decoder = way.make_decoder(forward, self._cache, self._chooser)
         self._aborted: set[RequestKey] = set()
         self._ender = RowEnder(tokenizer, stops, self._aborted.__contains__)
         self._rows: dict[RequestKey, Row] = {}
         self._last_tokens: dict[int, int] = {}
         self._num_failures = 0
         self._timeout_s = spec.request_timeout_s or math.inf
-        self._why_not_kept = keep_freed_memory()
+        self._way_notes = way.begin()
         self.batch_size = limits.num_slots
 
     @property
@@ -80,13 +78,11 @@ class SharedPrefixLoop:
         limits = self._scheduler.limits
         notes = [
             f"shared prefixes are read once: {limits.num_slots} slots and {limits.pool_tokens:,}"
-            f" pooled tokens, {self._cache.num_bytes:,} bytes of keys and values"
+            f" pooled tokens, {self._num_bytes:,} bytes of keys and values"
         ]
         if self._forward.why_not_packed is not None:
             notes.append(f"the weights are not packed: {self._forward.why_not_packed}")
-        if self._why_not_kept is not None:
-            notes.append(f"memory is mapped anew in every pass: {self._why_not_kept}")
-        return notes
+        return notes + self._way_notes
 
     def refusal(self, prepared: Prepared) -> Failure | None:
         """Why a prompt is not for the budget that was asked for."""
@@ -147,7 +143,7 @@ class SharedPrefixLoop:
         done = self._scheduler
         return (
             f"read {done.read_tokens:,} of {done.prompt_tokens:,} prompt tokens, the rest was"
-            f" shared; {self._cache.num_bytes:,} bytes of keys and values, at most"
+            f" shared; {self._num_bytes:,} bytes of keys and values, at most"
             f" {done.peak_pool_tokens:,} of {done.limits.pool_tokens:,} pooled tokens in use"
         )
 
@@ -158,36 +154,66 @@ class SharedPrefixLoop:
         if not scheduled.num_tokens:
             return []
         try:
-            tensors = TensorPass(scheduled, self._last_tokens, self._cache)
-            logits = self._forward(tensors)
+            if self._decoder is not None and not scheduled.runs:
+                slots, steps = self._decode(self._decoder, scheduled)
+            else:
+                slots, steps = self._read(scheduled)
         except Exception as error:  # a model's forward can raise anything
             message = f"{type(error).__name__}: {error}"
         else:
-            return self._take(tensors, logits) if tensors.slots else []
+            return self._take(slots, steps) if slots else []
         self._fall_back(message)
         return []
 
-    def _take(self, tensors: TensorPass, logits: torch.Tensor) -> list[Outcome]:
-        """Choose a token for each slot; outcomes of the rows that it ends."""
-        rows = [self._rows[self._scheduler.key_of(slot)] for slot in tensors.slots]
-        tokens = self._chooser.choose(logits, rows).tolist()
-        broken = not_finite(logits).tolist()
-        self._on_tokens(len(rows))
+    def _rows_of(self, slots: Sequence[int]) -> list[Row]:
+        return [self._rows[self._scheduler.key_of(slot)] for slot in slots]
+
+    def _read(self, scheduled: Pass) -> tuple[list[int], list[Step]]:
+        """One forward; slots, and a token for each."""
+        tensors = self._way.make_pass(scheduled, self._last_tokens, self._cache, None)
+        logits = self._forward(tensors)
+        if not tensors.slots:
+            return [], []
+        tokens = self._chooser.choose(logits, self._rows_of(tensors.slots)).tolist()
+        return tensors.slots, [(tokens, not_finite(logits).tolist())]
+
+    def _decode(self, decoder: Decoder, scheduled: Pass) -> tuple[list[int], list[Step]]:
+        """Several tokens of slots that all decode, none beyond --max_new_tokens."""
+        slots = [row.slot for row in scheduled.rows]
+        rows = self._rows_of(slots)
+        left = self._spec.sampling.max_new_tokens - max(row.num_tokens for row in rows)
+        steps = min(BURST_STEPS, left)
+        is_greedy = self._chooser.is_greedy
+        draws = [] if is_greedy else [self._chooser.draw(rows) for _ in range(steps)]
+        self._scheduler.advance(steps - 1)
+        return slots, list(decoder.decode(scheduled.rows, self._last_tokens, steps, draws))
+
+    def _take(self, slots: Sequence[int], steps: Sequence[Step]) -> list[Outcome]:
+        """Outcomes of the rows that these tokens end; what comes after an end is dropped."""
         outcomes: list[Outcome] = []
-        for row, slot, token, is_broken in zip(rows, tensors.slots, tokens, broken, strict=True):
-            if not row.num_tokens:
-                row.deadline_s = time.monotonic() + self._timeout_s
-                row.cached_tokens = self._scheduler.cached_tokens(slot)
-            self._ender.take(row, token, is_broken)
-            self._last_tokens[slot] = token
-            if row.done or row.num_tokens >= self._spec.sampling.max_new_tokens:
-                self._finish(row, slot, outcomes)
+        running = list(enumerate(zip(self._rows_of(slots), slots, strict=True)))
+        for tokens, broken in steps:
+            if not running:
+                break
+            self._on_tokens(len(running))
+            going_on = []
+            for index, (row, slot) in running:
+                if not row.num_tokens:
+                    row.deadline_s = time.monotonic() + self._timeout_s
+                    row.cached_tokens = self._scheduler.cached_tokens(slot)
+                self._ender.take(row, tokens[index], bool(broken[index]))
+                self._last_tokens[slot] = tokens[index]
+                if row.done or row.num_tokens >= self._spec.sampling.max_new_tokens:
+                    self._finish(row, slot, outcomes)
+                else:
+                    going_on.append((index, (row, slot)))
+            running = going_on
         return outcomes
 
     def _finish(self, row: Row, slot: int, outcomes: list[Outcome]) -> None:
         key = row.prepared.key
         self._scheduler.release(slot)
-        if row.broken:
+        if row.broken and self._cache is not None:
             self._cache.taint(slot)
         del self._rows[key]
         self._aborted.discard(key)
@@ -208,6 +234,8 @@ class SharedPrefixLoop:
         )
         if self._is_plain:
             keys += self._scheduler.take_waiting()
+            # A GPU has no memory to spare for what nobody will use again.
+            self._cache = self._decoder = None
         for key in keys:
             row = self._rows.pop(key)
             if key not in self._aborted:
@@ -225,21 +253,31 @@ def make_loop(
     on_tokens: Callable[[int], None],
 ) -> SharedPrefixLoop:
     """Raises Unsupported, `model` being as it was; ModelError: --kv_cache_bytes is too small."""
-    forward = ready(model, max_model_len)
     shape = Shape.of(model)
+    if shape.device.type != "cpu" and spec.prefix_sharing != "on":
+        raise Unsupported("it has not been proved on GPUs yet; --prefix_sharing on tries it")
+    way = way_of(shape)
+    forward = ready(model, way, max_model_len, TokenChooser(spec.sampling))
     sizes: Any = {
-        "num_slots": spec.batch_size or NUM_SLOTS,
+        "num_slots": spec.batch_size or way.num_slots,
         "max_new_tokens": spec.sampling.max_new_tokens,
         "max_model_len": max_model_len,
     }
     budget = spec.kv_cache_bytes
     if budget is None:
-        budget = default_budget_bytes(shape, **sizes, num_threads=spec.num_threads)
+        budget = way.default_budget(shape, spec, sizes)
     try:
-        limits = limits_within(budget, shape, **sizes)
+        limits = limits_within(
+            budget,
+            shape,
+            **sizes,
+            pass_tokens=way.pass_tokens,
+            extra_tokens=way.extra_tokens,
+            least_free_share=way.least_free_share,
+        )
     except ValueError as error:
         forward.undo()
         if spec.kv_cache_bytes is None:
             raise Unsupported(f"there is too little memory: {error}") from None
         raise ModelError(f"--kv_cache_bytes is too small: {error}.") from None
-    return SharedPrefixLoop(spec, forward, shape, limits, tokenizer, stops, plain, on_tokens)
+    return SharedPrefixLoop(spec, way, forward, shape, limits, tokenizer, stops, plain, on_tokens)

@@ -8,22 +8,26 @@ is one batched product; the parts are merged. Knows nothing of requests.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Final
 
 import torch
 
 from ragfleet.engines.shared_prefix.attention import (
     MASKED,
+    Probing,
     attend_part,
     batched_part,
     causal_blocks,
     merge,
+    unchecked,
 )
 from ragfleet.engines.shared_prefix.cache import KeyValueCache
 from ragfleet.engines.shared_prefix.scheduler import Pass, Range, Row, Run
 
 Read = tuple[int, int, Range]
 """(first, one past last) token of a pass that see a range of the pool."""
+LONG_RUN: Final = 64
+"""Tokens of a node that are worth products of their own, without parts to be merged."""
 
 
 def row_reads(rows: Sequence[Row]) -> list[list[Read]]:
@@ -74,13 +78,16 @@ def joined(ranges: Sequence[Range]) -> list[Range]:
 class TensorPass:
     """One forward. `logit_rows`: tokens whose logits are wanted, in the order of `slots`."""
 
-    long_run: ClassVar[int] = 64
-    """Tokens of a node that are worth products of their own, without parts to be merged."""
-
     def __init__(
-        self, scheduled: Pass, last_tokens: Mapping[int, int], cache: KeyValueCache
+        self,
+        scheduled: Pass,
+        last_tokens: Mapping[int, int],
+        cache: KeyValueCache,
+        probe: Probing | None = None,
     ) -> None:
         """`last_tokens`: by slot, the token that a decoding row feeds."""
+        self.check = unchecked if probe is None else probe.check
+        self.long_run = LONG_RUN if probe is None else probe.long_run
         rows, runs = scheduled.rows, scheduled.runs
         device = cache.pool.device
         self._cache = cache
@@ -154,9 +161,6 @@ class TensorPass:
         return is_exact and run.slot < 0 and len(run.token_ids) >= self.long_run
 
     # ---- in each layer
-
-    def check(self, module: Any, key: torch.Tensor, value: torch.Tensor, **others: Any) -> None:
-        """The models that come here were checked when the loop was made: see `support`."""
 
     def attend(
         self,

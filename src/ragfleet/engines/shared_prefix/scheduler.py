@@ -189,6 +189,12 @@ class Scheduler:
         decoding = [self._row(entry) for entry in self._decoding]
         return Pass(decoding, self._next_runs(self.limits.pass_tokens - len(decoding)))
 
+    def advance(self, steps: int) -> None:
+        """All that runs decodes `steps` tokens more than the pass just made says. It has no runs,
+        and nobody's answer becomes too long by that."""
+        for entry in self._running.values():
+            entry.column += steps
+
     def release(self, slot: int) -> None:
         """The request in `slot` is finished, or no longer wanted."""
         entry = self._running.pop(slot)

@@ -14,32 +14,31 @@ from typing import Any, Final
 
 import torch
 
-from ragfleet.engines.shared_prefix.cache import KeyValueCache, Shape
+from ragfleet.engines.decoding import TokenChooser
+from ragfleet.engines.shared_prefix.cache import Shape
+from ragfleet.engines.shared_prefix.decoder import Decoder
 from ragfleet.engines.shared_prefix.forward import Forward
-from ragfleet.engines.shared_prefix.passes import TensorPass
-from ragfleet.engines.shared_prefix.scheduler import LEAST_COPIED, Limits, Pass, Scheduler
+from ragfleet.engines.shared_prefix.scheduler import LEAST_COPIED, Limits, Row, Scheduler
+from ragfleet.engines.shared_prefix.ways import Unsupported, Way
 
-TOLERANCE: Final = {torch.float32: 1e-3, torch.bfloat16: 0.1}
+TOLERANCE: Final = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.1}
 """Largest difference of logits, relative to their spread over the vocabulary."""
 _ROPE_BY_LENGTH: Final = ("dynamic", "longrope")
 """Angles that depend on the longest position of a forward, which packed prompts share."""
 _HARMLESS: Final = frozenset({"position_ids", "cache_position", "is_causal", "position_embeddings"})
 
 
-class Unsupported(Exception):
-    """Why the loop can't take this model; one line for the log."""
-
-
-def check_config(model: Any) -> None:
+def check_config(model: Any, way: Way) -> None:
     """Raises Unsupported for what the configuration tells."""
     config = model.config.get_text_config()
     kind = config.model_type
-    if model.device.type != "cpu":
-        raise Unsupported("it has not been proved on GPUs yet")
-    if model.dtype not in TOLERANCE:
-        raise Unsupported(f"it computes in fp32 and bf16, not {model.dtype}")
+    if model.dtype not in way.dtypes:
+        known = sorted(str(dtype) for dtype in way.dtypes)
+        raise Unsupported(f"it computes in {' and '.join(known)}, not {model.dtype}")
     if getattr(model.config, "quantization_config", None) is not None:
         raise Unsupported("the weights are quantised")
+    if len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1:
+        raise Unsupported("its layers are spread over GPUs")
     others = sorted(set(getattr(config, "layer_types", None) or ()) - {"full_attention"})
     if others:
         raise Unsupported(f"{kind} has layers of {', '.join(others)}")
@@ -55,28 +54,22 @@ def check_config(model: Any) -> None:
         raise Unsupported(f"{kind} takes no {', '.join(sorted(missing))}")
 
 
-class ProbePass(TensorPass):
-    """A pass that also looks at what each layer wants of its attention."""
+class Probe:
+    """Looks at what each layer of a pass wants of its attention."""
 
     long_run = 8  # so that the head's two pieces go both ways
 
-    def __init__(
-        self,
-        scheduled: Pass,
-        last_tokens: Mapping[int, int],
-        cache: KeyValueCache,
-        max_model_len: int | None,
-    ) -> None:
-        super().__init__(scheduled, last_tokens, cache)
+    def __init__(self, shape: Shape, max_model_len: int | None) -> None:
+        self._shape = shape
         self._max_model_len = max_model_len
         self.layers: list[int] = []
 
     def check(self, module: Any, key: torch.Tensor, value: torch.Tensor, **others: Any) -> None:
         self.layers.append(module.layer_idx)
         kind = type(module).__name__
-        heads, dim = self._cache.pool.shape[3:]
+        wanted = (self._shape.num_kv_heads, self._shape.head_dim)
         for states in (key, value):
-            if states.shape[1::2] != (heads, dim):
+            if states.shape[1::2] != wanted:
                 raise Unsupported(f"{kind} has keys and values of {tuple(states.shape)}")
         if not getattr(module, "is_causal", True):
             raise Unsupported(f"{kind} is not causal")
@@ -101,13 +94,15 @@ def plain_logits(model: Any, prompts: Sequence[Sequence[int]]) -> list[torch.Ten
 
 
 def probe_prompts(vocab_size: int) -> list[list[int]]:
-    """Three that share their first 21 tokens, two of them four more, which one copies from the
-    other's slot; one alone. The last two of each are the answer."""
+    """Four that share their first 21 tokens. Three of them share four more, which the second copies
+    from the first one's slot, and the third, with one more, from the second's; the fourth goes on
+    for long, in a node below the shared one. One alone. The last two of each are the answer."""
     rng = random.Random(20)
     ids = range(min(vocab_size, 30_000))
     head, question = rng.choices(ids, k=21), rng.choices(ids, k=LEAST_COPIED)
     ends = [[*question, *rng.choices(ids, k=3)], [*question, *rng.choices(ids, k=4)]]
-    ends.append(rng.choices(ids, k=3))
+    ends.append([*ends[1][: LEAST_COPIED + 1], *rng.choices(ids, k=3)])
+    ends.append(rng.choices(ids, k=12))
     return [*(head + end for end in ends), rng.choices(ids, k=12)]
 
 
@@ -116,34 +111,47 @@ ANSWER: Final = 2
 
 
 def self_check(
+    way: Way,
     forward: Forward,
     shape: Shape,
     prompts: Sequence[Sequence[int]],
     expected: Sequence[torch.Tensor],
     max_model_len: int | None,
+    chooser: TokenChooser,
 ) -> None:
-    """Raises Unsupported unless passes give the logits of the plain forward."""
+    """Raises Unsupported unless passes give the logits of the plain forward, with the way's decoder
+    where it has one."""
     limits = Limits(
         num_slots=len(prompts),
         max_new_tokens=ANSWER + 1,
         pool_tokens=64,
         pass_tokens=19,  # so that the head is read in two pieces, and slots fill one by one
-        own_tokens=8,  # so that the lonely prompt gets a node
+        own_tokens=8,  # so that the lonely prompt and the long one get nodes
     )
-    scheduler, cache = Scheduler(limits), KeyValueCache(shape, limits)
+    scheduler, cache = Scheduler(limits), way.make_cache(shape, limits)
+    cache.poison()  # memory given back by an earlier check may hold the very numbers wanted
+    decoder = None
+    if way.make_decoder is not None:
+        decoder = way.make_decoder(forward, cache, chooser)
+        decoder.keeps_logits = True
     for number, prompt in enumerate(prompts):
         scheduler.submit(bytes([number]), prompt[:-ANSWER])
     fed: dict[int, int] = {}
     last_tokens: dict[int, int] = {}
     while (scheduled := scheduler.next_pass()).num_tokens:
-        tensors = ProbePass(scheduled, last_tokens, cache, max_model_len)
-        logits = forward(tensors)
-        if sorted(tensors.layers) != list(range(shape.num_layers)):
-            raise Unsupported(
-                f"{len(set(tensors.layers))} of {shape.num_layers} layers have an attention that"
-                " can be exchanged"
-            )
-        for slot, ours in zip(tensors.slots, logits, strict=True):
+        if decoder is not None and not scheduled.runs:
+            slots = [row.slot for row in scheduled.rows]
+            logits = _decoded(decoder, scheduled.rows, last_tokens, chooser)
+        else:
+            probe = Probe(shape, max_model_len)
+            tensors = way.make_pass(scheduled, last_tokens, cache, probe)
+            slots, logits = tensors.slots, forward(tensors)
+            if sorted(probe.layers) != list(range(shape.num_layers)):
+                raise Unsupported(
+                    f"{len(set(probe.layers))} of {shape.num_layers} layers have an attention that"
+                    " can be exchanged"
+                )
+        for slot, ours in zip(slots, logits, strict=True):
             number = scheduler.key_of(slot)[0]
             count = fed.setdefault(number, 0)
             at = len(prompts[number]) - ANSWER + count
@@ -156,23 +164,50 @@ def self_check(
     assert fed == dict.fromkeys(range(len(prompts)), ANSWER + 1)
 
 
-def _compare(ours: torch.Tensor, plain: torch.Tensor) -> None:
+def _decoded(
+    decoder: Decoder, rows: Sequence[Row], last_tokens: Mapping[int, int], chooser: TokenChooser
+) -> torch.Tensor:
+    """Logits [rows, vocab] of one step, after two at once were held against two single ones."""
+    draws = [
+        [[number] * chooser.num_draws] * len(rows) for number in (0.3, 0.6) if not chooser.is_greedy
+    ]
+    decoder.decode(rows, last_tokens, 1, draws[:1])  # those that follow may be captured ones
+    burst = decoder.decode(rows, last_tokens, 2, draws)
+    ours = _logits(decoder)
+    single = decoder.decode(rows, last_tokens, 1, draws[:1])
+    fed = {row.slot: token for row, token in zip(rows, single[0][0], strict=True)}
+    later = [row._replace(position=row.position + 1, column=row.column + 1) for row in rows]
+    single += decoder.decode(later, fed, 1, draws[1:])
+    for one, other in zip(ours, _logits(decoder), strict=True):
+        _compare(one, other, "those of single steps")
+    if burst != single:
+        raise Unsupported("several steps at once choose other tokens than single ones")
+    decoder.decode(rows, last_tokens, 1, draws[:1])
+    return _logits(decoder)
+
+
+def _logits(decoder: Decoder) -> torch.Tensor:
+    assert decoder.logits is not None
+    return decoder.logits.clone()
+
+
+def _compare(
+    ours: torch.Tensor, plain: torch.Tensor, what: str = "the model's plain forward"
+) -> None:
     spread = (plain.float() - plain.float().mean()).norm()
     difference = float((ours.float() - plain.float()).norm() / spread)
     if not difference <= TOLERANCE[plain.dtype]:  # NaN is not
-        raise Unsupported(
-            f"its logits differ from the model's plain forward by {difference:.2g} of their spread"
-        )
+        raise Unsupported(f"its logits differ from {what} by {difference:.2g} of their spread")
 
 
-def ready(model: Any, max_model_len: int | None, *, pack: bool = True) -> Forward:
+def ready(model: Any, way: Way, max_model_len: int | None, chooser: TokenChooser) -> Forward:
     """`model`, changed for passes and proved; unchanged where this raises Unsupported."""
-    check_config(model)
+    check_config(model, way)
     prompts = probe_prompts(model.get_input_embeddings().weight.shape[0])
     expected = plain_logits(model, prompts)
-    forward = Forward(model, pack=pack)
+    forward = Forward(model, pack=way.packs_weights)
     try:
-        self_check(forward, Shape.of(model), prompts, expected, max_model_len)
+        self_check(way, forward, Shape.of(model), prompts, expected, max_model_len, chooser)
     except Unsupported:
         forward.undo()
         raise

@@ -1,0 +1,209 @@
+"""Several tokens of all running slots, without the host in between.
+
+Owns the buffers that a step reads and moves on by itself: ids, positions, where keys and values go,
+how many keys each slot has. What steps chose comes back in one transfer. Knows nothing of requests:
+who ended within a burst, and what is dropped, is for the loop to say.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Final
+
+import torch
+
+from ragfleet.engines.decoding import TokenChooser, not_finite
+from ragfleet.engines.shared_prefix.forward import Forward
+from ragfleet.engines.shared_prefix.passes import Read
+from ragfleet.engines.shared_prefix.scheduler import Range, Row
+from ragfleet.engines.shared_prefix.varlen import Kernel, Ranges
+from ragfleet.engines.shared_prefix.varlen_cache import VarlenCache
+from ragfleet.engines.shared_prefix.varlen_pass import Part, VarlenPass, level_reads
+
+BURST_STEPS: Final = 4
+"""Most tokens at once. A row that ends before the last of them wastes the rest, and a free slot
+waits so long."""
+LEAST_SIZE: Final = 8
+"""Rows, and ranges, of the smallest bucket: fewer buckets are worth a few that do nothing."""
+
+Step = Callable[[], None]
+Capture = Callable[[Step], Step]
+"""Of a step the same one, made to be repeated without the host."""
+
+
+def eagerly(step: Step) -> Step:
+    """The `Capture` of devices that have none."""
+    return step
+
+
+class Decoder:
+    """Steps of a fixed shape, a `_Bucket`, for each size of batch."""
+
+    def __init__(
+        self,
+        kernel: Kernel,
+        capture: Capture,
+        forward: Forward,
+        cache: VarlenCache,
+        chooser: TokenChooser,
+    ) -> None:
+        self.keeps_logits = False
+        """Whether `logits` are wanted: for the self-check."""
+        self.logits: torch.Tensor | None = None
+        """[rows, vocab] of the last step."""
+        self._kernel = kernel
+        self._capture = capture
+        self._forward = forward
+        self._cache = cache
+        self._chooser = chooser
+        self._buckets: dict[tuple[int, int, int], _Bucket] = {}
+
+    def decode(
+        self,
+        rows: Sequence[Row],
+        last_tokens: Mapping[int, int],
+        steps: int,
+        draws: Sequence[Sequence[Sequence[float]]],
+    ) -> list[tuple[list[int], list[int]]]:
+        """Per step the tokens of `rows`, and whether their logits were not finite. `rows` is where
+        the first step finds them, `draws` [steps, rows, num_draws] of `TokenChooser.draw`."""
+        batch = _rounded(len(rows))
+        levels = level_reads([(n, n + 1, row.reads) for n, row in enumerate(rows)], batch)
+        size = (batch, len(levels), _rounded(sum(map(len, levels))))
+        bucket = self._buckets.get(size)
+        if bucket is None:
+            bucket = _Bucket(self._kernel, self._forward, self._cache, self._chooser, size)
+            bucket.keeps_logits = self.keeps_logits
+            self._buckets[size] = bucket
+        with torch.inference_mode():
+            if bucket.num_bursts == 1:
+                # Not the first time: many sizes come once, while the last rows end.
+                bucket.load([], {}, [], [])
+                bucket.step = self._capture(bucket.step)
+            bucket.num_bursts += 1
+            bucket.load(rows, last_tokens, levels, draws)
+            for _ in range(steps):
+                bucket.step()
+            tokens, broken = bucket.chosen[:, :steps, : len(rows)].tolist()
+        if self.keeps_logits and bucket.logits is not None:
+            self.logits = bucket.logits[: len(rows)]
+        return list(zip(tokens, broken, strict=True))
+
+
+class _Bucket:
+    """Static buffers for up to `batch` rows that stand on `levels` levels of at most `num_ranges`
+    ranges altogether. Rows beyond those loaded write to the scratch place, see only that, and do
+    not advance."""
+
+    def __init__(
+        self,
+        kernel: Kernel,
+        forward: Forward,
+        cache: VarlenCache,
+        chooser: TokenChooser,
+        size: tuple[int, int, int],
+    ) -> None:
+        self.num_bursts = 0
+        self.step: Step = self._step
+        self.keeps_logits = False
+        self.logits: torch.Tensor | None = None
+        self._forward = forward
+        self._cache = cache
+        self._chooser = chooser
+        self._batch, self._levels, self._num_ranges = batch, levels, num_ranges = size
+        device = cache.device
+
+        def zeros(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+            return torch.zeros(shape, dtype=dtype, device=device)
+
+        self._longs = zeros(4, batch, dtype=torch.int64)
+        self._ids, self._positions, self._written, self._live = self._longs
+        # Own offsets, own lengths, then of levels: starts, offsets, lengths, absent.
+        parts = (batch + 1, batch, num_ranges + 1, num_ranges + 1, num_ranges, levels * batch)
+        self._ints = zeros(sum(parts), dtype=torch.int32)
+        offsets, self._lengths, starts, nodes, node_lengths, absent = self._ints.split(parts)
+        self._absent_ints = absent.view(levels, batch)
+        self._absent = zeros(levels, batch, dtype=torch.bool)
+        self._draws = zeros(BURST_STEPS, batch, chooser.num_draws, dtype=torch.float64)
+        self._at = zeros(1, dtype=torch.int64)
+        self.chosen = zeros(2, BURST_STEPS, batch, dtype=torch.int64)
+        """[tokens or not finite, step, row]"""
+        in_nodes = Ranges(starts, nodes, node_lengths, batch * cache.group, cache.num_pool)
+        rows = torch.arange(batch + 1, device=device)
+        own = Ranges(rows.to(torch.int32), offsets, self._lengths, 1, cache.slot_tokens)
+        self._pass = VarlenPass(
+            kernel,
+            cache,
+            input_ids=self._ids[None],
+            position_ids=self._positions[None],
+            written=self._written,
+            parts=[Part(batch, own, in_nodes if levels else None, self._absent)],
+            logit_rows=rows[:batch],
+            slots=list(range(batch)),
+        )
+
+    def load(
+        self,
+        rows: Sequence[Row],
+        last_tokens: Mapping[int, int],
+        levels: Sequence[Sequence[Read]],
+        draws: Sequence[Sequence[Sequence[float]]],
+    ) -> None:
+        """What the first step reads. Of no rows: steps that do nothing."""
+        cache, spare = self._cache, self._batch - len(rows)
+        idle = [0] * spare
+        longs = [
+            [last_tokens[row.slot] for row in rows] + idle,
+            [row.position for row in rows] + idle,
+            [cache.place(row.slot, row.column) for row in rows] + [cache.scratch] * spare,
+            [1] * len(rows) + idle,
+        ]
+        ints = [cache.place(row.slot) for row in rows] + [cache.scratch] * spare + [0]
+        ints += [row.column + 1 for row in rows] + [1] * spare
+        levels = levels or [[(0, self._batch, Range(0, 0))]] * self._levels
+        self._longs.copy_(torch.tensor(longs))
+        self._ints.copy_(torch.tensor(ints + self._of_levels(levels), dtype=torch.int32))
+        self._absent.copy_(self._absent_ints)
+        if draws:
+            nothing = [[0.0] * self._chooser.num_draws] * spare
+            padded = [[*of_rows, *nothing] for of_rows in draws]
+            self._draws[: len(draws)].copy_(torch.tensor(padded, dtype=torch.float64))
+        self._at.zero_()
+
+    def _of_levels(self, levels: Sequence[Sequence[Read]]) -> list[int]:
+        """For `_ints`. Ranges beyond those that there are nobody asks."""
+        reads = [read for level in levels for read in level]
+        starts = [0]
+        for start, stop, _ in reads:
+            starts.append(starts[-1] + (stop - start) * self._cache.group)
+        spare = [0] * (self._num_ranges - len(reads))
+        return [
+            *starts,
+            *[starts[-1]] * len(spare),
+            *[range_.offset for _, _, range_ in reads],
+            *spare,
+            0,
+            *[range_.length for _, _, range_ in reads],
+            *spare,
+            *[int(not range_.length) for start, stop, range_ in reads for _ in range(start, stop)],
+        ]
+
+    def _step(self) -> None:
+        """One token of every row. Nothing here may ask the device for a number."""
+        logits = self._forward(self._pass)
+        if self.keeps_logits:
+            if self.logits is None:
+                self.logits = torch.empty_like(logits)
+            self.logits.copy_(logits)
+        draws = None if self._chooser.is_greedy else self._draws.index_select(0, self._at)[0]
+        tokens = self._chooser.pick(logits, draws)
+        both = torch.stack((tokens, not_finite(logits).long()))
+        self.chosen.index_copy_(1, self._at, both[:, None])
+        self._ids.copy_(tokens)
+        for one in (self._positions, self._written, self._lengths):
+            one.add_(self._live)
+        self._at.add_(1)
+
+
+def _rounded(count: int) -> int:
+    return max(LEAST_SIZE, 1 << (count - 1).bit_length())

@@ -1,0 +1,372 @@
+"""CUDA's way of the shared-prefix loop, on the CPU: its layout, its bursts, its self-check.
+
+That it answers token for token as plain `generate` does is in test_shared_prefix.py.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from cuda_way import take_cudas_way
+from driving import Make, ask, drive
+from fake_flash import fake_flash, use
+from test_shared_prefix import answer, ids, loop_of, prompt_sets
+
+from models import Reference, make_model
+from ragfleet.engines import transformers
+from ragfleet.engines.protocol import Completion, EngineSpec, PromptSettings, SamplingParams
+from ragfleet.engines.shared_prefix import decoder, support, varlen_pass, ways
+from ragfleet.engines.shared_prefix import loop as loop_module
+from ragfleet.engines.shared_prefix.cache import Shape, limits_within
+from ragfleet.engines.shared_prefix.decoder import BURST_STEPS, Decoder, Step
+from ragfleet.engines.shared_prefix.graphs import Graphs
+from ragfleet.engines.shared_prefix.scheduler import Limits, Range, Run
+from ragfleet.engines.shared_prefix.varlen import (
+    flash_varlen,
+    merge_levels,
+    plain_varlen,
+)
+from ragfleet.engines.shared_prefix.varlen_cache import VarlenCache
+from ragfleet.engines.shared_prefix.varlen_pass import level_reads
+from ragfleet.errors import ModelError
+
+CPU = torch.device("cpu")
+NEW = 10
+NOTHING = Range(0, 0)
+
+
+# ---- layout
+
+
+def test_levels_name_every_token_once() -> None:
+    a, b, c = Range(0, 30), Range(40, 9), Range(50, 8)
+    pieces = [(0, 1, (a, b)), (1, 2, (a, b)), (2, 3, ()), (3, 9, (a,)), (9, 12, (a, c))]
+    assert level_reads(pieces, 14) == [
+        [(0, 2, a), (2, 3, NOTHING), (3, 12, a), (12, 14, NOTHING)],
+        [(0, 2, b), (2, 9, NOTHING), (9, 12, c), (12, 14, NOTHING)],
+    ]
+    assert level_reads([(0, 4, ())], 8) == []
+
+
+def small_cache() -> VarlenCache:
+    limits = Limits(num_slots=4, max_new_tokens=2, pool_tokens=9, pass_tokens=9, own_tokens=8)
+    return VarlenCache(Shape(1, 2, 8, torch.float32, CPU, group=3), limits)
+
+
+def test_a_copy_of_what_is_copied_comes_from_its_source() -> None:
+    cache = small_cache()
+    runs = [
+        Run([1], 20, (), slot=1, copied_tokens=3, copied_from=0),
+        Run([1, 2], 24, (), slot=3, copied_tokens=5, copied_from=1),
+        Run([1], 22, (), slot=2, copied_tokens=2, copied_from=3),
+    ]
+    copies = varlen_pass._copies_of(runs, cache)
+    assert copies is not None
+    first, second = cache.place(0), cache.place(1)
+    origins = [*range(first, first + 3)] * 2 + [second + 3, second + 4, first, first + 1]
+    counts = ((1, 3), (3, 5), (2, 2))
+    targets = [cache.place(slot, n) for slot, count in counts for n in range(count)]
+    assert copies.tolist() == [origins, targets]
+
+
+def test_places_stay_within_the_budget() -> None:
+    shape = Shape(2, 2, 16, torch.float32, CPU)
+    sizes: Any = {"num_slots": 9, "max_new_tokens": 8, "max_model_len": None, "pass_tokens": 64}
+    for budget in range(400_000, 402_000, 97):
+        limits = limits_within(budget, shape, **sizes, extra_tokens=VarlenCache.EXTRA_TOKENS)
+        cache = VarlenCache(shape, limits)
+        assert budget - shape.bytes_per_token < cache.num_bytes <= budget
+        assert cache.place(limits.num_slots - 1, limits.slot_tokens - 1) == cache.scratch - 1
+
+
+# ---- whole engines
+
+
+def test_by_the_fused_kernel_token_by_token(
+    start: Make, monkeypatch: pytest.MonkeyPatch, reference: Reference
+) -> None:
+    """As if it took fp32."""
+    use(monkeypatch, partial(fake_flash, any_dtype=True))
+    take_cudas_way(monkeypatch, flash_varlen)
+    engine = start(batch_size=5, max_new_tokens=6)
+    sets = prompt_sets()
+    prompts = sets["questions that begin alike"] + sets["groups with a head"][::2]
+    for prompt, found in zip(prompts, answer(engine, prompts), strict=True):
+        tokens = reference.generate(prompt, 6, [3])
+        assert list(found.token_ids) == [token for token in tokens if token != 3]
+
+
+def test_by_the_fused_kernel_in_half_precision(
+    start: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The self-check holds its logits; NaN shows what nobody wrote."""
+    use(monkeypatch, fake_flash)
+    model = make_model(tmp_path / "m", "--initializer_range", "0.02")
+    take_cudas_way(monkeypatch, flash_varlen)
+    engine = start(model_dir=model, precision="bf16", batch_size=5, max_new_tokens=6)
+    cache = loop_of(engine)._cache
+    assert isinstance(cache, VarlenCache)
+    assert cache.states.dtype == torch.bfloat16
+    cache.states.fill_(torch.nan)  # what nobody wrote nobody reads
+    for found in answer(engine, prompt_sets()["questions that begin alike"]):
+        assert found.completion_tokens
+
+
+@pytest.mark.parametrize("temperature", [0.1, 0.9])
+def test_draws_are_those_of_plain_batches(
+    start: Make, monkeypatch: pytest.MonkeyPatch, temperature: float
+) -> None:
+    take_cudas_way(monkeypatch)
+    settings = {"temperature": temperature, "top_p": 0.9, "max_new_tokens": 9}
+    requests = [ask(n, f"What is {n}?", "A text. " * (n % 3 + 4), seed=n) for n in range(12)]
+    alone = drive(start(batch_size=1, prefix_sharing="off", **settings), requests)
+    engine = start(batch_size=5, **settings)
+    loop_of(engine)
+    together = drive(engine, requests[::-1])
+    for request in requests:
+        one, other = alone[request.key], together[request.key]
+        assert isinstance(one, Completion)
+        assert isinstance(other, Completion)
+        assert one.token_ids == other.token_ids
+        assert one.finish_reason == other.finish_reason
+
+
+def test_bursts_are_counted_token_by_token(start: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    take_cudas_way(monkeypatch)
+    engine = start(batch_size=4, max_new_tokens=NEW)
+    bursts = []
+    decode = Decoder.decode
+
+    def counted(self: Decoder, rows: Any, fed: Any, steps: int, draws: Any) -> Any:
+        bursts.append((len(rows), steps))
+        return decode(self, rows, fed, steps, draws)
+
+    monkeypatch.setattr(Decoder, "decode", counted)
+    prompts = [ids(random.Random(1), 20)] * 4
+    found = answer(engine, prompts)
+    assert engine.progress() == sum(one.completion_tokens for one in found)
+    # The first token comes with the prompt; the last burst goes no further than the answer may.
+    assert bursts == [(4, BURST_STEPS), (4, BURST_STEPS), (4, NEW - 1 - 2 * BURST_STEPS)]
+
+
+class WarmUps:
+    """A capture as CUDA's: the step runs beforehand, and then as it was at the capture."""
+
+    def __init__(self) -> None:
+        self.captured = self.repeated = 0
+
+    def capture(self, step: Step) -> Step:
+        self.captured += 1
+        step()
+
+        def repeat() -> None:
+            self.repeated += 1
+            step()
+
+        return repeat
+
+
+def test_capturing_leaves_no_trace(start: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = start(batch_size=5, max_new_tokens=NEW)
+    sets = prompt_sets()
+    prompts = [*sets["groups with a head"], *sets["questions that begin alike"]]
+    wanted = [found.token_ids for found in answer(plain, prompts)]
+    warm_ups = WarmUps()
+    take_cudas_way(monkeypatch, capture=warm_ups.capture)
+    engine = start(batch_size=5, max_new_tokens=NEW)
+    assert warm_ups.captured == 1, "the self-check looks at captured steps too"
+    assert [found.token_ids for found in answer(engine, prompts)] == wanted
+    assert warm_ups.captured > 1
+    assert warm_ups.repeated > 2 * warm_ups.captured
+
+
+def test_where_steps_cannot_be_captured(
+    start: Make, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refused(self: Graphs, step: Step) -> Step:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(Graphs, "_captured", refused)
+    graphs = Graphs()
+    take_cudas_way(monkeypatch, capture=graphs.capture)
+    engine = start(batch_size=4, max_new_tokens=NEW)
+    assert "not permitted" in str(graphs.why_not)
+    prompts = prompt_sets()["one group of all"]
+    assert len(answer(engine, prompts)) == len(prompts)
+    assert caplog.text.count("without CUDA graphs") == 1
+
+
+# ---- when it is not right
+
+
+def merge_carelessly(out: Any, lse: Any, outs: Any, lses: Any, absent: Any) -> Any:
+    return (out + outs.sum(0)) / (1 + len(outs))
+
+
+def absence_ignored(out: Any, lse: Any, outs: Any, lses: Any, absent: Any) -> Any:
+    return merge_levels(out, lse, outs, lses, torch.zeros_like(absent))
+
+
+def copies_unresolved(runs: Sequence[Run], cache: VarlenCache) -> Any:
+    copies = [copies_of([run], cache) for run in runs if run.copied_tokens]
+    return torch.cat(copies, 1) if copies else None
+
+
+copies_of = varlen_pass._copies_of
+
+
+def offsets_shifted(self: VarlenCache, slot: int, column: int = 0) -> int:
+    """Slots overlap."""
+    return self.num_pool + slot * (self.slot_tokens - 5) + column
+
+
+def lengths_not_advanced(self: Any) -> None:
+    before = self._lengths.clone()
+    step(self)
+    self._lengths.copy_(before)
+
+
+def positions_not_advanced(self: Any) -> None:
+    before = self._positions.clone()
+    step(self)
+    self._positions.copy_(before)
+
+
+def tokens_not_fed(self: Any) -> None:
+    before = self._ids.clone()
+    step(self)
+    self._ids.copy_(before)
+
+
+step = decoder._Bucket._step
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "mistaken"),
+    [
+        (varlen_pass, "merge_levels", merge_carelessly),
+        (varlen_pass, "merge_levels", absence_ignored),
+        (varlen_pass, "_copies_of", copies_unresolved),
+        (VarlenCache, "place", offsets_shifted),
+        (decoder._Bucket, "_step", lengths_not_advanced),
+        (decoder._Bucket, "_step", positions_not_advanced),
+        (decoder._Bucket, "_step", tokens_not_fed),
+    ],
+    ids=lambda one: getattr(one, "__name__", one),
+)
+def test_the_self_check_bites(
+    start: Make, monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, mistaken: Any
+) -> None:
+    take_cudas_way(monkeypatch)
+    monkeypatch.setattr(owner, name, mistaken)
+    engine = start(max_new_tokens=NEW)
+    info = engine.start()
+    assert "logits differ" in str(info.degraded) or "other tokens" in str(info.degraded)
+    assert info.degraded in info.notes
+    assert len(answer(engine, prompt_sets()["no head"][:2])) == 2
+
+
+def test_the_self_check_sees_what_layers_want(
+    start: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    take_cudas_way(monkeypatch)
+    model = make_model(tmp_path / "m", "--arch", "mistral", "--sliding_window", "64")
+    assert "sliding window of 64" in str(start(model_dir=model).start().degraded)
+
+
+# ---- where it is asked for
+
+
+def spec(prefix_sharing: Any) -> EngineSpec:
+    return EngineSpec(
+        model_dir=None,
+        sampling=SamplingParams(max_new_tokens=8),
+        prompts=PromptSettings(system_prompt=""),
+        num_gpus=1,
+        prefix_sharing=prefix_sharing,
+    )
+
+
+def test_on_a_gpu_it_is_for_those_who_ask(monkeypatch: pytest.MonkeyPatch) -> None:
+    shape = Shape(2, 2, 16, torch.bfloat16, torch.device("cuda"))
+    monkeypatch.setattr(Shape, "of", lambda model: shape)
+    monkeypatch.setattr(ways, "why_not_flash", lambda *_: "no such operation")
+    nothing: Any = None
+    with pytest.raises(ways.Unsupported, match="--prefix_sharing on tries it"):
+        loop_module.make_loop(spec("auto"), nothing, nothing, (), None, nothing, nothing)
+    with pytest.raises(ways.Unsupported, match="as it is used here: no such operation"):
+        loop_module.make_loop(spec("on"), nothing, nothing, (), None, nothing, nothing)
+
+
+def test_devices_without_a_way() -> None:
+    with pytest.raises(ways.Unsupported, match="no way for meta devices"):
+        ways.way_of(Shape(2, 2, 16, torch.float32, torch.device("meta")))
+    exact = ways.way_of(Shape(2, 2, 16, torch.float32, torch.device("cuda")))
+    assert "exact and slow" in exact.begin()[0]
+
+
+def test_layers_on_several_gpus_are_refused() -> None:
+    config = SimpleNamespace(model_type="llama")
+    config.get_text_config = lambda: config
+    model = SimpleNamespace(
+        config=config, dtype=torch.bfloat16, hf_device_map={"layers.0": 0, "layers.1": 1}
+    )
+    with pytest.raises(ways.Unsupported, match="spread over GPUs"):
+        support.check_config(model, ways.varlen_way(plain_varlen, decoder.eagerly))
+
+
+@pytest.mark.parametrize("limit", [None, 10 << 30])
+def test_a_gpus_memory_is_not_taken_whole(
+    monkeypatch: pytest.MonkeyPatch, limit: int | None
+) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (50 << 30, 80 << 30))
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 2 << 30)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 3 << 30)
+    shape = Shape(32, 8, 128, torch.bfloat16, torch.device("cuda"), group=4)
+    part = EngineSpec(
+        model_dir=None,
+        sampling=SamplingParams(max_new_tokens=8),
+        prompts=PromptSettings(system_prompt=""),
+        gpu_memory_bytes=limit,
+    )
+    sizes = {"num_slots": 256, "max_new_tokens": 128, "max_model_len": 8192}
+    free = 51 << 30 if limit is None else 8 << 30
+    way = ways.varlen_way(plain_varlen, decoder.eagerly)
+    assert way.default_budget(shape, part, sizes) == int(0.8 * free)
+    assert way.default_budget(shape, part, {**sizes, "num_slots": 1}) == (8192 + 192) * (
+        shape.bytes_per_token
+    )
+
+
+def test_a_pass_is_laid_out_as_ranges() -> None:
+    """A node's run sees what is before it in the same stretch as its own part."""
+    cache = small_cache()
+    run = Run([5, 6], 5, (Range(7, 1), Range(2, 4)), pool_offset=6)
+    assert varlen_pass._view_of_run(run, cache) == (2, Range(2, 6), [Range(7, 1)])
+    in_slot = Run([5, 6], 9, (Range(2, 7),), slot=0, copied_tokens=3)
+    own = Range(cache.place(0), 5)
+    assert varlen_pass._view_of_run(in_slot, cache) == (2, own, (Range(2, 7),))
+
+
+def test_a_gpu_that_no_longer_answers_ends_the_start(
+    start: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Plain batches can't be taken where the trial broke the device for this process."""
+
+    def broken(*args: Any, **others: Any) -> Any:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    def trial(*args: Any) -> Any:
+        monkeypatch.setattr(torch, "zeros", broken)
+        raise ways.Unsupported("the fused attention is missing")
+
+    monkeypatch.setattr(transformers, "make_loop", trial)
+    with pytest.raises(ModelError, match=r"illegal memory access.*--prefix_sharing off"):
+        start()

@@ -1,0 +1,303 @@
+"""The shared-prefix loop on one GPU, beside what transformers itself offers there.
+
+    python benchmarks/gpu.py check
+    python benchmarks/gpu.py table [--sizes 1b 8b] [--shares 1 4 16] [--contexts 512 4096]
+    python benchmarks/gpu.py table --tiny          all of it with toy sizes, on the CPU
+
+`table`: random models of Llama's 1 B and 8 B shapes in bf16, a process each, made on the GPU. All
+arms answer the same random token ids (`gpu_work.py`) with the same model object, in turns:
+
+  naive       `generate`, batch size 1
+  static      the package's plain batches of like lengths
+  continuous  transformers' continuous batching; where the flash-attn package is missing, with the
+              same kernel out of torch in its place (`gpu_flash.py`)
+  stock       the same with the attention that transformers chooses by itself; only if asked for
+  unshared    our loop, each prompt read whole
+  ours        our loop
+  vllm        raw `LLM.generate` in this interpreter, with `--vllm`, after all others
+
+Random weights end no answer, so each request says how long its answer is, and all arms stop
+there. `--seconds` is for all of it. Arms that would take too long answer a part of the requests,
+whose time is scaled by tokens (`gpu_trials.py`); it is said where that is so. Ours has three tenths
+of the free memory for keys and values, continuous batching six tenths of the rest.
+
+`% of roofline`: the longer one of the arithmetic at the speed of a large matrix product and of the
+traffic at that of a large copy, both measured first, each shared token read once, over the time.
+`gap`: how far the logit of a chosen token is below the largest one in the model's plain forward,
+in standard deviations, at most (naive's own: what rounding does); a wrong token has about four.
+`check` is correctness alone, in fp32 and bf16, for four architectures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+# As workers have it; before torch starts its threads.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
+import torch
+import transformers
+
+from gpu_arms import Host, Naive, Ours, Static, make_model, measure_machine
+from gpu_check import check, profile
+from gpu_continuous import Continuous
+from gpu_report import add_to, announce, recap, report
+from gpu_trials import Answers, Arm, Trial, measure, ratio
+from gpu_work import SIZES, Cell, make_requests
+from ragfleet.engines.shared_prefix.loop import Unsupported
+
+ARMS: Final = ("naive", "static", "continuous", "stock", "unshared", "ours")
+Done = tuple[Cell, dict[str, Any], dict[str, tuple[list[float], Answers]]]
+"""A cell, what was kept of it, and each arm's times and answers."""
+GRACE_S: Final = 45
+"""A size that takes so much longer than it may is ended: an arm hangs."""
+VLLM_PART: Final = 0.4
+"""Of the time, where vLLM is asked for: it compiles and captures for minutes."""
+
+
+# ---- one size, in a process of its own
+
+
+def run_size(args: argparse.Namespace, name: str) -> None:
+    until_s = time.monotonic() + args.until - time.time()
+    device, size, cells = device_of(args), SIZES[name], cells_of(args)
+    machine = measure_machine(device, torch.bfloat16)
+    started_s = time.monotonic()
+    model = make_model(size, torch.bfloat16, device)
+    model_s = time.monotonic() - started_s
+    number = sum(p.numel() for p in model.parameters())
+    say(
+        f"\n{name}: {number / 1e9:.2f} B weights made in {model_s:.1f} s; matrix product"
+        f" {machine.flops / 1e12:.1f} TFLOPS, copy {machine.bytes_per_s / 1e9:.0f} GB/s\n"
+    )
+    host = Host(
+        model,
+        most_tokens=max(cell.most_tokens for cell in cells),
+        most_new=max(cell.answer_tokens[1] for cell in cells),
+        slots=args.slots,
+        static=args.static_batch,
+    )
+    arms = make_arms(host, args.arms)
+    if args.profile and host.loop is not None:
+        profile(host, make_requests(cells[0], size.vocab), args.profile)
+        say(f"  {args.profile}: one pass of reading and one of decoding\n")
+    arms_until_s = until_s - (VLLM_PART * (until_s - time.monotonic()) if args.vllm else 0)
+    done: list[Done] = []
+    for index, cell in enumerate(cells):
+        cell_until_s = part_of(arms_until_s, cells[index:])
+        requests = make_requests(cell, size.vocab)
+        trials = [Trial(arm, requests, cell.share, time.monotonic) for arm in arms]
+        announce(name, cell, requests)
+        measure(trials, rounds=args.rounds, until_s=cell_until_s, clock=time.monotonic, say=say)
+        record = {"size": name, "machine": vars(machine), "model_s": model_s}
+        record |= report(host, size, machine, cell, trials)
+        add_to(args.json, record)
+        done.append((cell, record, {t.arm.name: (t.seconds, t.answers) for t in trials}))
+    recap(name, [record for _, record, _ in done])
+    if args.vllm:
+        with tempfile.TemporaryDirectory() as folder:
+            host.close()  # first: ours renames layers while it uses them
+            model.save_pretrained(folder)
+            del model, host.model, host.plain, arms, trials
+            host.free()
+            run_vllm(args, name, Path(folder), done, until_s)
+
+
+def part_of(until_s: float, cells: Sequence[Cell]) -> float:
+    """Until when the first of `cells` may run, where all have until `until_s`. A longer context
+    gets more, though not as much more as it needs."""
+    costs = [1 + cell.context_tokens / 4096 for cell in cells]
+    now_s = time.monotonic()
+    return now_s + (until_s - now_s) * costs[0] / sum(costs)
+
+
+def make_arms(host: Host, names: Sequence[str]) -> list[Arm]:
+    makers: dict[str, Callable[[], Arm]] = {
+        "naive": lambda: Naive(host),
+        "static": lambda: Static(host),
+        "continuous": lambda: Continuous(host, stock=False),
+        "stock": lambda: Continuous(host, stock=True),
+        "unshared": lambda: Ours(host, False),
+        "ours": lambda: Ours(host, True),
+    }
+    wanted = [name for name in ARMS if name in names]
+    if {"ours", "unshared"} & set(wanted):
+        try:
+            host.start()
+        except Unsupported as error:
+            say(f"  ours is left out: {error}\n")
+            wanted = [name for name in wanted if name not in ("ours", "unshared")]
+    arms: list[Arm] = [makers[name]() for name in wanted]
+    for line in (*host.notes, *(f"{a.name}: {a.what}" for a in arms if isinstance(a, Continuous))):
+        say(f"  {line}\n")
+    return arms
+
+
+def cells_of(args: argparse.Namespace) -> list[Cell]:
+    """What the aims are about first, so that it has its time even if others take more."""
+    cells = []
+    for share in sorted(args.shares, reverse=True):
+        for context in sorted(args.contexts):
+            number = args.requests or (512 if context < 2048 else 256)
+            tiny: Any = {"head_tokens": 20, "question_tokens": (4, 9), "answer_tokens": (3, 8)}
+            cells.append(
+                Cell(
+                    share=share,
+                    context_tokens=context,
+                    num_requests=max(number, share),
+                    **(tiny if args.tiny else {}),
+                )
+            )
+    return cells
+
+
+def run_vllm(
+    args: argparse.Namespace, name: str, checkpoint: Path, done: Sequence[Done], until_s: float
+) -> None:
+    """vLLM on the same cells, beside the times that the others had."""
+    from gpu_vllm import RawVllm
+
+    say(f"\n{name}, vllm\n")
+    cells = [cell for cell, _, _ in done]
+    arm = RawVllm(checkpoint, max(cell.most_tokens for cell in cells))
+    for index, (cell, record, others) in enumerate(done):
+        requests = make_requests(cell, SIZES[name].vocab)
+        trial = Trial(arm, requests, cell.share, time.monotonic)
+        announce(name, cell, requests)
+        measure(
+            [trial],
+            rounds=args.rounds,
+            until_s=part_of(until_s, cells[index:]),
+            clock=time.monotonic,
+            say=say,
+        )
+        ratios = {}
+        for other, (seconds, answers) in others.items():
+            ratios[other] = ratio(Trial(arm, requests, 1, time.monotonic, seconds=seconds), trial)
+            common = [key for key in answers if key in trial.answers]
+            alike = sum(answers[key][0] == trial.answers[key][0] for key in common)
+            say(
+                f"  {other:11} {ratios[other] or float('nan'):.2f} x vllm, first tokens alike"
+                f" {alike}/{len(common)}\n"
+            )
+        say("".join(f"  {note}\n" for note in trial.notes))
+        found = {"seconds": trial.seconds, "requests": trial.count, "notes": trial.notes}
+        record["arms"]["vllm"] = found | {"others_x_vllm": ratios}
+        add_to(args.json, record)
+
+
+# ---- the whole
+
+
+def table(args: argparse.Namespace) -> int:
+    until = time.time() + args.seconds
+    header = {"where": where(args), "cells": []}
+    if args.json is not None:
+        args.json.write_text(json.dumps(header, indent=1) + "\n")
+    failed = 0
+    for index, name in enumerate(args.sizes):
+        parts = [SIZES[one].step_weights ** 0.5 for one in args.sizes[index:]]
+        left_s = (until - time.time()) * parts[0] / sum(parts)
+        command = [
+            sys.executable,
+            *sys.argv,
+            "--inside",
+            name,
+            "--until",
+            str(time.time() + left_s),
+        ]
+        try:
+            failed |= subprocess.run(command, check=False, timeout=left_s + GRACE_S).returncode
+        except subprocess.TimeoutExpired:
+            say(f"\n{name}: ended, for it was not done {GRACE_S} s after its time\n")
+            failed = 1
+    return failed
+
+
+def where(args: argparse.Namespace) -> dict[str, Any]:
+    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+    except OSError:  # no git here
+        commit = ""
+    device = device_of(args)
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "cuda": torch.version.cuda,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "commit": commit or "unknown",
+        "args": {name: str(value) for name, value in vars(args).items()},
+    }
+
+
+def device_of(args: argparse.Namespace) -> torch.device:
+    if args.tiny or (args.what == "check" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise SystemExit("there is no GPU here; --tiny runs toy sizes on the CPU")
+    return torch.device("cuda", 0)
+
+
+def say(text: str) -> None:
+    print(text, end="", flush=True)
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("what", choices=("check", "table"))
+    parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=["1b", "8b"])
+    parser.add_argument("--shares", nargs="+", type=int, help="requests of a context")
+    parser.add_argument("--contexts", nargs="+", type=int, help="tokens")
+    parser.add_argument("--requests", type=int, help="of a cell")
+    parser.add_argument("--arms", nargs="+", choices=ARMS)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=480, help="for the whole table")
+    parser.add_argument("--slots", type=int, help="of ours; the package's default if left out")
+    parser.add_argument("--static_batch", type=int, help="the package's default if left out")
+    parser.add_argument("--vllm", action="store_true", help="also vLLM, if it is installed here")
+    parser.add_argument("--tiny", action="store_true", help="toy sizes, on the CPU")
+    parser.add_argument("--profile", type=Path, help="where torch.profiler's tables of ours go")
+    parser.add_argument("--json", type=Path, help="also write what was measured here")
+    parser.add_argument("--inside", help=argparse.SUPPRESS)
+    parser.add_argument("--until", type=float, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.vllm and importlib.util.find_spec("vllm") is None:
+        parser.error("--vllm: this interpreter has no vLLM")
+    if args.tiny:
+        args.sizes, args.requests = ["tiny"], args.requests or 16
+        args.slots, args.static_batch = args.slots or 8, args.static_batch or 4
+    args.shares = args.shares or ([1, 4] if args.tiny else [1, 4, 16])
+    args.contexts = args.contexts or ([40] if args.tiny else [512, 4096])
+    args.arms = args.arms or [arm for arm in ARMS if arm != "stock" or args.tiny]
+    return args
+
+
+def main() -> int:
+    args = parse_args()
+    transformers.logging.set_verbosity_error()
+    if args.tiny:
+        torch.set_num_threads(1)  # more only wait for each other
+    if args.inside:
+        run_size(args, args.inside)
+        return 0
+    if args.what == "check":
+        return 0 if check(device_of(args), tiny=args.tiny) else 1
+    return table(args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

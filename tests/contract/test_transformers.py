@@ -163,7 +163,9 @@ def test_what_generation_config_sets_is_named_and_not_applied(
 # ---- sampling ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("temperature", [0.1, 0.9])
+# Not higher: where 2,000 tokens are about as likely, one draw in some 20,000 is so near the bound
+# between two of them that rounding decides, which differs from processor to processor.
+@pytest.mark.parametrize("temperature", [0.1, 0.4])
 def test_draws_do_not_depend_on_loop_batches_or_order(start: Make, temperature: float) -> None:
     settings = {"temperature": temperature, "top_p": 0.9, "max_new_tokens": NEW}
     alone = completions(start(batch_size=1, prefix_sharing="off", **settings), examples(1000)[:12])
@@ -171,7 +173,7 @@ def test_draws_do_not_depend_on_loop_batches_or_order(start: Make, temperature: 
         engine = start(batch_size=4, prefix_sharing=sharing, **settings)
         together = completions(engine, examples(1000)[11::-1])[::-1]
         assert [a.token_ids for a in alone] == [b.token_ids for b in together]
-    if temperature < 0.5:  # hardly any draw differs from another
+    if temperature < 0.2:  # hardly any draw differs from another
         return
     other_seeds = examples(2000)[:12]
     assert [a.token_ids for a in completions(start(**settings), other_seeds)] != [

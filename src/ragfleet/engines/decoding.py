@@ -26,8 +26,6 @@ from ragfleet.tokens import PromptTokenizer
 
 LEAST_TEMPERATURE = 1e-4
 """Below it the division overflows to infinity; it is greedy for all purposes."""
-ATTEMPTS = 8
-"""Draws of a token until one is in the nucleus: with `top_p` 0.9 one in 10^8 needs more."""
 
 
 class Row:
@@ -55,21 +53,17 @@ class Row:
 
 
 class TokenChooser:
-    """Draws a token per row: fp32 softmax at `temperature`, then the inverse of its cumulative sum
-    in vocabulary order; what is outside the nucleus of `top_p` is drawn again, which leaves the
-    nucleus's own distribution.
+    """Draws a token per row: fp32 softmax at `temperature`, the nucleus of `top_p`, then the
+    inverse of the cumulative sum in vocabulary order.
 
     Batches differ in rounding, and in vocabulary order a difference of 1e-7 moves the draw's bounds
-    by 1e-7, where a sorted order could swap two tokens. Were the nucleus cut out first, a token
-    that rounding moves over its edge would move the bounds of all that follow.
+    by 1e-7, where a sorted order could swap two tokens.
     """
 
     def __init__(self, sampling: SamplingParams) -> None:
         self._temperature = max(sampling.temperature, LEAST_TEMPERATURE)
         self.is_greedy = sampling.temperature == 0
         self._top_p = sampling.top_p
-        self.num_draws = 1 if sampling.top_p >= 1 else ATTEMPTS + 1
-        """Numbers of a row's stream for each token."""
 
     def choose(self, scores: torch.Tensor, rows: Sequence[Row]) -> torch.Tensor:
         """[rows, vocab] logits to [rows] tokens. Rows that are done draw nothing."""
@@ -78,42 +72,25 @@ class TokenChooser:
         draws = torch.tensor(self.draw(rows), dtype=torch.float64, device=scores.device)
         return self.pick(scores, draws)
 
-    def draw(self, rows: Sequence[Row]) -> list[list[float]]:
-        """The next `num_draws` numbers of each row's stream, for one token."""
-        return [
-            [0.0 if row.done else row.stream.random() for _ in range(self.num_draws)]
-            for row in rows
-        ]
+    def draw(self, rows: Sequence[Row]) -> list[float]:
+        """The next number of each row's stream, for one token."""
+        return [0.0 if row.done else row.stream.random() for row in rows]
 
     def pick(self, scores: torch.Tensor, draws: torch.Tensor | None) -> torch.Tensor:
-        """`choose` on the device alone: fp64 `draws` [rows, num_draws], made beforehand; None:
-        greedy."""
+        """`choose` on the device alone: fp64 `draws` [rows], made beforehand; None: greedy."""
         if draws is None:
             return scores.argmax(dim=-1)
         probs = torch.softmax(scores.float() / self._temperature, dim=-1)  # [rows, vocab]
-        tokens = _inverse(probs, draws)  # [rows, num_draws]
-        if self._top_p >= 1:
-            return tokens[:, 0]
-        ordered, index = torch.sort(probs, dim=-1, descending=True, stable=True)
-        before = ordered.cumsum(dim=-1) - ordered  # probability of all likelier tokens
-        inside = torch.zeros_like(probs, dtype=torch.bool)
-        inside.scatter_(-1, index, before < self._top_p)
-        good = inside.gather(-1, tokens)
-        good[:, -1] = True
-        # The last draw is for when all others were outside: from the nucleus itself.
-        tokens[:, -1] = _inverse(probs * inside, draws[:, -1:])[:, 0]
-        first = good.int().argmax(dim=-1, keepdim=True)
-        return tokens.gather(-1, first)[:, 0]
-
-
-def _inverse(weights: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
-    """[rows, vocab] and [rows, n] numbers in [0, 1) to the tokens [rows, n] at these places of the
-    cumulative sum."""
-    bounds = weights.double().cumsum(dim=-1)
-    # right=True: a draw of 0.0 skips tokens of weight 0.
-    tokens = torch.searchsorted(bounds, draws * bounds[:, -1:], right=True)
-    # NaN rows would point past the vocabulary.
-    return tokens.clamp_(max=weights.shape[-1] - 1)
+        if self._top_p < 1:
+            ordered, index = torch.sort(probs, dim=-1, descending=True, stable=True)
+            before = ordered.cumsum(dim=-1) - ordered  # probability of all likelier tokens
+            ordered[before >= self._top_p] = 0
+            probs = torch.zeros_like(probs).scatter_(-1, index, ordered)
+        bounds = probs.double().cumsum(dim=-1)
+        # right=True: a draw of 0.0 skips tokens of probability 0.
+        token = torch.searchsorted(bounds, draws[:, None] * bounds[:, -1:], right=True)
+        # NaN rows would point past the vocabulary.
+        return token.clamp_(max=probs.shape[-1] - 1)[:, 0]
 
 
 def not_finite(scores: torch.Tensor) -> torch.Tensor:

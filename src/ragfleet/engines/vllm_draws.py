@@ -6,7 +6,7 @@ back by the generator's offset. Generators on the CPU have none, and vLLM dies t
 does not use offset", 0.32). To have prompts read whole is no way out: a step may then be as long as
 max_model_len, in time and in memory.
 
-Here the n-th token has the n-th draws of the record's stream, however often it is asked for. The
+Here the n-th token has the n-th draw of the record's stream, however often it is asked for. The
 stream and the choice are those of the transformers engine.
 """
 
@@ -49,7 +49,7 @@ class SeededDraws(LogitsProcessor):  # type: ignore[misc]
             return None
         if self._chooser is None:  # all requests of an engine are sampled alike
             self._chooser = TokenChooser(SamplingParams(max_new_tokens=1, **asked["sampling"]))
-        return _Stream(asked["seed"], output_ids, self._chooser.num_draws)
+        return _Stream(asked["seed"], output_ids)
 
     def apply(self, logits: torch.Tensor) -> torch.Tensor:
         """[requests, vocab] logits, of which some may belong to the middle of a prompt."""
@@ -65,14 +65,12 @@ class SeededDraws(LogitsProcessor):  # type: ignore[misc]
 class _Stream:
     """A request's draws, by the number of its tokens so far (`output_ids` grows)."""
 
-    def __init__(self, seed: int, output_ids: Sequence[int], num_draws: int) -> None:
-        """`num_draws`: of a token."""
+    def __init__(self, seed: int, output_ids: Sequence[int]) -> None:
         self._random = random.Random(seed)
         self._output_ids = output_ids
-        self._num_draws = num_draws
-        self._draws: list[list[float]] = []
+        self._draws: list[float] = []
 
-    def draw(self) -> list[float]:
+    def draw(self) -> float:
         while len(self._draws) <= len(self._output_ids):
-            self._draws.append([self._random.random() for _ in range(self._num_draws)])
+            self._draws.append(self._random.random())
         return self._draws[len(self._output_ids)]

@@ -63,10 +63,10 @@ class Decoder:
         rows: Sequence[Row],
         last_tokens: Mapping[int, int],
         steps: int,
-        draws: Sequence[Sequence[Sequence[float]]],
+        draws: Sequence[Sequence[float]],
     ) -> list[tuple[list[int], list[int]]]:
         """Per step the tokens of `rows`, and whether their logits were not finite. `rows` is where
-        the first step finds them, `draws` [steps, rows, num_draws] of `TokenChooser.draw`."""
+        the first step finds them, `draws` [steps, rows] of `TokenChooser.draw`."""
         batch = _rounded(len(rows))
         levels = level_reads([(n, n + 1, row.reads) for n, row in enumerate(rows)], batch)
         size = (batch, len(levels), _rounded(sum(map(len, levels))))
@@ -124,7 +124,7 @@ class _Bucket:
         offsets, self._lengths, starts, nodes, node_lengths, absent = self._ints.split(parts)
         self._absent_ints = absent.view(levels, batch)
         self._absent = zeros(levels, batch, dtype=torch.bool)
-        self._draws = zeros(BURST_STEPS, batch, chooser.num_draws, dtype=torch.float64)
+        self._draws = zeros(BURST_STEPS, batch, dtype=torch.float64)
         self._at = zeros(1, dtype=torch.int64)
         self.chosen = zeros(2, BURST_STEPS, batch, dtype=torch.int64)
         """[tokens or not finite, step, row]"""
@@ -147,7 +147,7 @@ class _Bucket:
         rows: Sequence[Row],
         last_tokens: Mapping[int, int],
         levels: Sequence[Sequence[Read]],
-        draws: Sequence[Sequence[Sequence[float]]],
+        draws: Sequence[Sequence[float]],
     ) -> None:
         """What the first step reads. Of no rows: steps that do nothing."""
         cache, spare = self._cache, self._batch - len(rows)
@@ -165,8 +165,7 @@ class _Bucket:
         self._ints.copy_(torch.tensor(ints + self._of_levels(levels), dtype=torch.int32))
         self._absent.copy_(self._absent_ints)
         if draws:
-            nothing = [[0.0] * self._chooser.num_draws] * spare
-            padded = [[*of_rows, *nothing] for of_rows in draws]
+            padded = [[*of_rows, *idle] for of_rows in draws]
             self._draws[: len(draws)].copy_(torch.tensor(padded, dtype=torch.float64))
         self._at.zero_()
 

@@ -168,9 +168,7 @@ def _decoded(
     decoder: Decoder, rows: Sequence[Row], last_tokens: Mapping[int, int], chooser: TokenChooser
 ) -> torch.Tensor:
     """Logits [rows, vocab] of one step, after two at once were held against two single ones."""
-    draws = [
-        [[number] * chooser.num_draws] * len(rows) for number in (0.3, 0.6) if not chooser.is_greedy
-    ]
+    draws = [] if chooser.is_greedy else [[0.3] * len(rows), [0.6] * len(rows)]
     decoder.decode(rows, last_tokens, 1, draws[:1])  # those that follow may be captured ones
     burst = decoder.decode(rows, last_tokens, 2, draws)
     ours = _logits(decoder)

@@ -6,7 +6,8 @@ That it answers token for token as plain `generate` does is in test_shared_prefi
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -201,6 +202,90 @@ def test_where_steps_cannot_be_captured(
     prompts = prompt_sets()["one group of all"]
     assert len(answer(engine, prompts)) == len(prompts)
     assert caplog.text.count("without CUDA graphs") == 1
+
+
+class FakeCuda:
+    """What of torch.cuda captures use, with the rule of its allocator for pools."""
+
+    def __init__(self) -> None:
+        self.current: Any = SimpleNamespace(wait_stream=lambda other: None)
+        self.users: dict[int, int] = {}
+        """Graphs of each pool; it is not known before its first one."""
+        self.pools = 0
+
+    def use(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        names = {"Stream": self.Stream, "current_stream": lambda: self.current}
+        names |= {"stream": self.stream, "graph": self.graph, "CUDAGraph": partial(FakeGraph, self)}
+        for name, one in (names | {"graph_pool_handle": self.graph_pool_handle}).items():
+            monkeypatch.setattr(torch.cuda, name, one)
+
+    def Stream(self) -> Any:
+        return SimpleNamespace(wait_stream=lambda other: None)
+
+    def graph_pool_handle(self) -> int:
+        self.pools += 1
+        return self.pools
+
+    @contextmanager
+    def stream(self, stream: Any) -> Iterator[None]:
+        before, self.current = self.current, stream
+        try:
+            yield
+        finally:
+            self.current = before
+
+    @contextmanager
+    def graph(
+        self, graph: Any, *, pool: int, stream: Any = None, capture_error_mode: str
+    ) -> Iterator[None]:
+        """Where it fails, what was current is not so again."""
+        self.current = stream or self.Stream()
+        if self.users.get(pool) == 0:
+            raise RuntimeError("use_count > 0 INTERNAL ASSERT FAILED")
+        self.users[pool] = self.users.get(pool, 0) + 1
+        graph.pool = pool
+        yield
+
+
+class FakeGraph:
+    def __init__(self, cuda: FakeCuda) -> None:
+        self.cuda = cuda
+        self.pool = 0
+
+    def replay(self) -> None:
+        pass
+
+    def __del__(self) -> None:
+        if self.pool:
+            self.cuda.users[self.pool] -= 1
+
+
+def test_graphs_share_a_pool_while_one_lives(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of the self-check are gone when the first ones of the loop are captured."""
+    cuda = FakeCuda()
+    cuda.use(monkeypatch)
+    graphs = Graphs()
+    streams = []
+    captured = [graphs.capture(lambda: streams.append(cuda.current)) for _ in range(2)]
+    assert cuda.users == {1: 2}
+    captured.clear()
+    assert cuda.users == {1: 0}
+    captured = [graphs.capture(lambda: streams.append(cuda.current)) for _ in range(2)]
+    assert graphs.why_not is None
+    assert cuda.users == {1: 0, 2: 2}
+    assert len(set(map(id, streams))) == 1, "warmed up where it is captured"
+
+
+def test_a_capture_that_fails_leaves_the_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = FakeCuda()
+    cuda.use(monkeypatch)
+    before = cuda.current
+    graphs = Graphs()
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: 7)
+    cuda.users[7] = 0
+    graphs.capture(lambda: None)
+    assert "INTERNAL ASSERT" in str(graphs.why_not)
+    assert cuda.current is before
 
 
 # ---- when it is not right

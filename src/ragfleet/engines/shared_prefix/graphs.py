@@ -7,6 +7,7 @@ one operation at a time.
 from __future__ import annotations
 
 import logging
+import weakref
 from typing import Any
 
 import torch
@@ -22,7 +23,10 @@ class Graphs:
     def __init__(self) -> None:
         self.why_not: str | None = None
         """Why steps are no longer captured."""
+        self._graphs: weakref.WeakSet[Any] = weakref.WeakSet()
+        """Those that somebody may still repeat."""
         self._pool: Any = None
+        """That they share: nothing in it outlives a step."""
         self._stream: Any = None
 
     def capture(self, step: Step) -> Step:
@@ -38,16 +42,23 @@ class Graphs:
             return step
 
     def _captured(self, step: Step) -> Step:
-        if self._pool is None:
-            self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
-        # Libraries allocate at their first call on a stream, which a capture forbids.
+        if self._stream is None:
+            self._stream = torch.cuda.Stream()
+        if not self._graphs:  # torch takes no graph into a pool that has lost its last one
+            self._pool = torch.cuda.graph_pool_handle()
         self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream):
-            step()
-        torch.cuda.current_stream().wait_stream(self._stream)
         graph = torch.cuda.CUDAGraph()
-        # The worker's other threads do not touch the device, but the default forbids it to all.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+        # Around both: a capture that fails does not give back the stream that was current.
+        with torch.cuda.stream(self._stream):
+            # Libraries allocate at their first call on a stream. Within a capture what they keep
+            # would come out of the pool.
             step()
+            # The worker's other threads do not touch the device, but the default forbids it to all.
+            with torch.cuda.graph(
+                graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
+            ):
+                step()
+        torch.cuda.current_stream().wait_stream(self._stream)
+        self._graphs.add(graph)
         replay: Step = graph.replay
         return replay

@@ -30,12 +30,13 @@ from ragfleet.engines.shared_prefix.decoder import BURST_STEPS, Decoder, Step
 from ragfleet.engines.shared_prefix.graphs import Graphs
 from ragfleet.engines.shared_prefix.scheduler import Limits, Range, Run
 from ragfleet.engines.shared_prefix.varlen import (
+    Ranges,
     flash_varlen,
     merge_levels,
     plain_varlen,
 )
 from ragfleet.engines.shared_prefix.varlen_cache import VarlenCache
-from ragfleet.engines.shared_prefix.varlen_pass import level_reads
+from ragfleet.engines.shared_prefix.varlen_pass import in_blocks, level_reads
 from ragfleet.errors import ModelError
 
 CPU = torch.device("cpu")
@@ -54,6 +55,14 @@ def test_levels_name_every_token_once() -> None:
         [(0, 2, b), (2, 9, NOTHING), (9, 12, c), (12, 14, NOTHING)],
     ]
     assert level_reads([(0, 4, ())], 8) == []
+
+
+def test_what_many_ask_is_cut_into_blocks() -> None:
+    a, b = Range(0, 30), Range(40, 9)
+    assert in_blocks([[(0, 3, a), (3, 10, b)], [(0, 10, NOTHING)]], 4) == [
+        [(0, 3, a), (3, 7, b), (7, 10, b)],
+        [(0, 4, NOTHING), (4, 8, NOTHING), (8, 10, NOTHING)],
+    ]
 
 
 def small_cache() -> VarlenCache:
@@ -102,6 +111,28 @@ def test_by_the_fused_kernel_token_by_token(
     for prompt, found in zip(prompts, answer(engine, prompts), strict=True):
         tokens = reference.generate(prompt, 6, [3])
         assert list(found.token_ids) == [token for token in tokens if token != 3]
+
+
+def test_levels_go_by_blocks_of_queries(
+    start: Make, monkeypatch: pytest.MonkeyPatch, reference: Reference
+) -> None:
+    """Else all ranges get as many blocks as the one that all share."""
+    monkeypatch.setattr(varlen_pass, "BLOCK_QUERIES", 8)
+    most = []
+
+    def kernel(query: Any, key: Any, value: Any, ranges: Ranges, scaling: float) -> Any:
+        assert (ranges.starts_q.diff() <= ranges.max_q).all()
+        if query.shape[1] == key.shape[1]:  # a level's, not a token's own part
+            most.append(ranges.max_q)
+        return plain_varlen(query, key, value, ranges, scaling)
+
+    take_cudas_way(monkeypatch, kernel, capture=WarmUps().capture)
+    engine = start(batch_size=9, max_new_tokens=6)
+    prompts = prompt_sets()["one group of all"]
+    for prompt, found in zip(prompts, answer(engine, prompts), strict=True):
+        tokens = reference.generate(prompt, 6, [3])
+        assert list(found.token_ids) == [token for token in tokens if token != 3]
+    assert max(most) == 8
 
 
 def test_by_the_fused_kernel_in_half_precision(

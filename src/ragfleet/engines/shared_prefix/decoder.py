@@ -18,7 +18,13 @@ from ragfleet.engines.shared_prefix.passes import Read
 from ragfleet.engines.shared_prefix.scheduler import Range, Row
 from ragfleet.engines.shared_prefix.varlen import Kernel, Ranges
 from ragfleet.engines.shared_prefix.varlen_cache import VarlenCache
-from ragfleet.engines.shared_prefix.varlen_pass import Part, VarlenPass, level_reads
+from ragfleet.engines.shared_prefix.varlen_pass import (
+    Part,
+    VarlenPass,
+    block_tokens,
+    in_blocks,
+    level_reads,
+)
 
 BURST_STEPS: Final = 4
 """Most tokens at once. A row that ends before the last of them wastes the rest, and a free slot
@@ -68,7 +74,10 @@ class Decoder:
         """Per step the tokens of `rows`, and whether their logits were not finite. `rows` is where
         the first step finds them, `draws` [steps, rows] of `TokenChooser.draw`."""
         batch = _rounded(len(rows))
-        levels = level_reads([(n, n + 1, row.reads) for n, row in enumerate(rows)], batch)
+        levels = in_blocks(
+            level_reads([(n, n + 1, row.reads) for n, row in enumerate(rows)], batch),
+            block_tokens(self._cache.group),
+        )
         size = (batch, len(levels), _rounded(sum(map(len, levels))))
         bucket = self._buckets.get(size)
         if bucket is None:
@@ -128,7 +137,8 @@ class _Bucket:
         self._at = zeros(1, dtype=torch.int64)
         self.chosen = zeros(2, BURST_STEPS, batch, dtype=torch.int64)
         """[tokens or not finite, step, row]"""
-        in_nodes = Ranges(starts, nodes, node_lengths, batch * cache.group, cache.num_pool)
+        self._most = min(batch, block_tokens(cache.group))
+        in_nodes = Ranges(starts, nodes, node_lengths, self._most * cache.group, cache.num_pool)
         rows = torch.arange(batch + 1, device=device)
         own = Ranges(rows.to(torch.int32), offsets, self._lengths, 1, cache.slot_tokens)
         self._pass = VarlenPass(
@@ -160,7 +170,8 @@ class _Bucket:
         ]
         ints = [cache.place(row.slot) for row in rows] + [cache.scratch] * spare + [0]
         ints += [row.column + 1 for row in rows] + [1] * spare
-        levels = levels or [[(0, self._batch, Range(0, 0))]] * self._levels
+        nothing = [[(0, self._batch, Range(0, 0))]] * self._levels
+        levels = levels or in_blocks(nothing, self._most)
         self._longs.copy_(torch.tensor(longs))
         self._ints.copy_(torch.tensor(ints + self._of_levels(levels), dtype=torch.int32))
         self._absent.copy_(self._absent_ints)

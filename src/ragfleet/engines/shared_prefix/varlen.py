@@ -12,6 +12,10 @@ from typing import Any, Final
 
 import torch
 
+BLOCK_QUERIES: Final = 128
+"""Of a block of the fused kernel, for most sizes of heads. Every range gets as many blocks as the
+one that most queries ask, and those with nothing to do take their time too."""
+
 
 @dataclass(frozen=True, slots=True)
 class Ranges:

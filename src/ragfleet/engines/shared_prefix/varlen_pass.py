@@ -15,7 +15,13 @@ import torch
 from ragfleet.engines.shared_prefix.attention import Probing, unchecked
 from ragfleet.engines.shared_prefix.passes import Read, joined
 from ragfleet.engines.shared_prefix.scheduler import Pass, Range, Row, Run
-from ragfleet.engines.shared_prefix.varlen import Kernel, Ranges, attend_levels, merge_levels
+from ragfleet.engines.shared_prefix.varlen import (
+    BLOCK_QUERIES,
+    Kernel,
+    Ranges,
+    attend_levels,
+    merge_levels,
+)
 from ragfleet.engines.shared_prefix.varlen_cache import VarlenCache
 
 Piece = tuple[int, int, Sequence[Range]]
@@ -169,7 +175,7 @@ def _part_of(views: Sequence[View], cache: VarlenCache) -> Part:
     for count, _, before in views:
         pieces.append((at, at + count, before))
         at += count
-    levels = level_reads(pieces, at)
+    levels = in_blocks(level_reads(pieces, at), block_tokens(cache.group))
     absent = [
         [not range_.length for start, stop, range_ in reads for _ in range(start, stop)]
         for reads in levels
@@ -201,6 +207,24 @@ def level_reads(pieces: Sequence[Piece], num_tokens: int) -> list[list[Read]]:
         if reads[-1][1] < num_tokens:
             reads.append((reads[-1][1], num_tokens, _NOTHING))
     return levels
+
+
+def block_tokens(group: int) -> int:
+    """Tokens whose queries of a level, `group` each, fill a block of the kernel."""
+    return max(1, BLOCK_QUERIES // group)
+
+
+def in_blocks(levels: Sequence[Sequence[Read]], most_tokens: int) -> list[list[Read]]:
+    """The same for the same tokens, no more than `most_tokens` of them at a time: what all share
+    would else cost every other range as many blocks as it needs itself."""
+    return [
+        [
+            (at, min(at + most_tokens, stop), range_)
+            for start, stop, range_ in reads
+            for at in range(start, stop, most_tokens)
+        ]
+        for reads in levels
+    ]
 
 
 def _append(reads: list[Read], start: int, stop: int, range_: Range) -> None:

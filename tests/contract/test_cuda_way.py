@@ -22,7 +22,13 @@ from test_shared_prefix import answer, ids, loop_of, prompt_sets
 
 from models import Reference, make_model
 from ragfleet.engines import transformers
-from ragfleet.engines.protocol import Completion, EngineSpec, PromptSettings, SamplingParams
+from ragfleet.engines.protocol import (
+    Completion,
+    EngineSpec,
+    Prepared,
+    PromptSettings,
+    SamplingParams,
+)
 from ragfleet.engines.shared_prefix import decoder, support, varlen_pass, ways
 from ragfleet.engines.shared_prefix import loop as loop_module
 from ragfleet.engines.shared_prefix.cache import Shape, limits_within
@@ -186,6 +192,49 @@ def test_bursts_are_counted_token_by_token(start: Make, monkeypatch: pytest.Monk
     assert engine.progress() == sum(one.completion_tokens for one in found)
     # The first token comes with the prompt; the last burst goes no further than the answer may.
     assert bursts == [(4, BURST_STEPS), (4, BURST_STEPS), (4, NEW - 1 - 2 * BURST_STEPS)]
+
+
+@pytest.mark.parametrize(
+    ("length", "max_model_len", "expected"),
+    [
+        (20, None, [(1, 4), (2, 4), (1, 3)]),
+        (20, 28, [(1, 4), (2, 3), (1, 4)]),  # positions end with the first one's answer
+        (64, None, [(1, 4), (2, 3), (1, 4)]),  # its slot ends there
+    ],
+)
+def test_a_burst_does_not_end_with_the_first_answer(
+    start: Make,
+    monkeypatch: pytest.MonkeyPatch,
+    reference: Reference,
+    length: int,
+    max_model_len: int | None,
+    expected: list[tuple[int, int]],
+) -> None:
+    """With hundreds of rows one is always about to be at --max_new_tokens."""
+    take_cudas_way(monkeypatch)
+    engine = start(batch_size=2, max_new_tokens=8, max_model_len=max_model_len)
+    bursts = []
+    decode = Decoder.decode
+
+    def counted(self: Decoder, rows: Any, fed: Any, steps: int, draws: Any) -> Any:
+        bursts.append((len(rows), steps))
+        return decode(self, rows, fed, steps, draws)
+
+    monkeypatch.setattr(Decoder, "decode", counted)
+    rng = random.Random(3)
+    prompts = [ids(rng, length), ids(rng, length)]
+    found: dict[bytes, Any] = {}
+    for number, prompt in enumerate(prompts):
+        engine.submit(Prepared(request=ask(number), prompt="", token_ids=tuple(prompt)))
+        for _ in range(2):  # a pass that reads it, and one more
+            found |= {outcome.key: outcome for outcome in engine.step(0)}
+    while len(found) < len(prompts):
+        found |= {outcome.key: outcome for outcome in engine.step(1)}
+    assert bursts == expected
+    for number, prompt in enumerate(prompts):
+        tokens = reference.generate(prompt, 8, [3])
+        assert 3 not in tokens, "an answer that ends early"
+        assert list(found[ask(number).key].token_ids) == tokens
 
 
 class WarmUps:

@@ -46,10 +46,12 @@ class SharedPrefixLoop:
         limits: Limits,
         tokenizer: PromptTokenizer,
         stops: tuple[str, ...],
+        max_model_len: int | None,
         plain: BatchedLoop,
         on_tokens: Callable[[int], None],
     ) -> None:
         self._spec = spec
+        self._max_model_len = max_model_len
         self._way = way
         self._forward = forward
         self._tokenizer = tokenizer
@@ -178,15 +180,24 @@ class SharedPrefixLoop:
         return tensors.slots, [(tokens, not_finite(logits).tolist())]
 
     def _decode(self, decoder: Decoder, scheduled: Pass) -> tuple[list[int], list[Step]]:
-        """Several tokens of slots that all decode, none beyond --max_new_tokens."""
+        """Several tokens of slots that all decode. Those that are at --max_new_tokens before the
+        others drop the rest, as at an end marker, while their slots have room for it."""
         slots = [row.slot for row in scheduled.rows]
         rows = self._rows_of(slots)
-        left = self._spec.sampling.max_new_tokens - max(row.num_tokens for row in rows)
-        steps = min(BURST_STEPS, left)
+        left = self._spec.sampling.max_new_tokens - min(row.num_tokens for row in rows)
+        steps = min(BURST_STEPS, left, self._room(scheduled))
         is_greedy = self._chooser.is_greedy
         draws = [] if is_greedy else [self._chooser.draw(rows) for _ in range(steps)]
         self._scheduler.advance(steps - 1)
         return slots, list(decoder.decode(scheduled.rows, self._last_tokens, steps, draws))
+
+    def _room(self, scheduled: Pass) -> int:
+        """Tokens that each row can decode without leaving its slot, or the positions that the model
+        has."""
+        room = self._scheduler.limits.slot_tokens - max(row.column for row in scheduled.rows)
+        if self._max_model_len is None:
+            return room
+        return min(room, self._max_model_len - max(row.position for row in scheduled.rows))
 
     def _take(self, slots: Sequence[int], steps: Sequence[Step]) -> list[Outcome]:
         """Outcomes of the rows that these tokens end; what comes after an end is dropped."""
@@ -280,4 +291,6 @@ def make_loop(
         if spec.kv_cache_bytes is None:
             raise Unsupported(f"there is too little memory: {error}") from None
         raise ModelError(f"--kv_cache_bytes is too small: {error}.") from None
-    return SharedPrefixLoop(spec, way, forward, shape, limits, tokenizer, stops, plain, on_tokens)
+    return SharedPrefixLoop(
+        spec, way, forward, shape, limits, tokenizer, stops, max_model_len, plain, on_tokens
+    )

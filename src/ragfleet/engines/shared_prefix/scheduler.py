@@ -191,7 +191,7 @@ class Scheduler:
 
     def advance(self, steps: int) -> None:
         """All that runs decodes `steps` tokens more than the pass just made says. It has no runs,
-        and nobody's answer becomes too long by that."""
+        and all slots have room for them."""
         for entry in self._running.values():
             entry.column += steps
 

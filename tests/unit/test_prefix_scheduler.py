@@ -278,18 +278,21 @@ def test_few_requests_need_not_wait_for_others() -> None:
         assert first_runs(scheduler) == 1, "no slot was taken in vain: the round goes on"
     scheduler.release(1)
     scheduler.submit(b"a", [9] * 10)
-    assert first_runs(scheduler) == 0
+    scheduler.submit(b"b", [9] * 10)
+    assert first_runs(scheduler) == 0, "one slot is free, it waits for two"
+    assert scheduler.drop(b"b")
+    assert first_runs(scheduler) == 1, "there is a slot for all that wait"
 
 
 def test_a_round_that_a_full_pool_ended_waits_for_the_same_part_of_what_runs() -> None:
     rounds = Rounds(num_slots=256, least_free=32)
-    assert rounds.may_admit(0)
+    assert rounds.may_admit(0, 9)
     rounds.refused(80)
-    assert not rounds.may_admit(71)
-    assert rounds.may_admit(70)
+    assert not rounds.may_admit(71, 9)
+    assert rounds.may_admit(70, 9)
     rounds.refused(5)
-    assert not rounds.may_admit(5)
-    assert rounds.may_admit(4)
+    assert not rounds.may_admit(5, 9)
+    assert rounds.may_admit(4, 9)
 
 
 def test_a_full_pool_too_is_left_until_enough_are_done() -> None:

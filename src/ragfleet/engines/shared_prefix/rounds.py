@@ -3,7 +3,8 @@
 Pure. A round, once begun, goes on over as many passes as it takes, until all slots are taken or the
 pool is too full for the first that waits. The next one waits for `least_free` of the slots; where
 the pool ended it, of the requests that were admitted the same part must be done. So a round begins
-at the latest when nothing runs.
+at the latest when nothing runs. Where there are slots for all that waits, which is how an input
+ends, it has nothing to wait for.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ class Rounds:
         """Most admitted requests with which a round begins. All slots: one goes on."""
         self._pool_was_full = False
 
-    def may_admit(self, num_admitted: int) -> bool:
-        if num_admitted > self._resume_at:
+    def may_admit(self, num_admitted: int, num_waiting: int) -> bool:
+        is_last = num_waiting <= self._num_slots - num_admitted and not self._pool_was_full
+        if num_admitted > self._resume_at and not is_last:
             return False
         self._resume_at = self._num_slots
         return True

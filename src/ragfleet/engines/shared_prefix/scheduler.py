@@ -304,7 +304,9 @@ class Scheduler:
 
     def _admit(self) -> bool:
         """Give the first waiting request a slot, and places in the pool; False if it must wait."""
-        if not self._waiting or not self._rounds.may_admit(self.num_admitted):
+        if not self._waiting:
+            return False
+        if not self._rounds.may_admit(self.num_admitted, len(self._waiting)):
             return False
         entry = self._waiting[0]
         chain = self._tree.match(entry.packed)

@@ -69,8 +69,11 @@ class TokenChooser:
         """[rows, vocab] logits to [rows] tokens. Rows that are done draw nothing."""
         if self.is_greedy:
             return self.pick(scores, None)
-        draws = torch.tensor(self.draw(rows), dtype=torch.float64, device=scores.device)
-        return self.pick(scores, draws)
+        return self.pick_by(scores, self.draw(rows))
+
+    def pick_by(self, scores: torch.Tensor, draws: Sequence[float]) -> torch.Tensor:
+        """`pick`, from numbers on the host."""
+        return self.pick(scores, torch.tensor(draws, dtype=torch.float64, device=scores.device))
 
     def draw(self, rows: Sequence[Row]) -> list[float]:
         """The next number of each row's stream, for one token."""

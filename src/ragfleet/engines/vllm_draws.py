@@ -14,15 +14,17 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from vllm.v1.sample.logits_processor import LogitsProcessor
 from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 
 from ragfleet.engines.decoding import TokenChooser
 from ragfleet.engines.protocol import SamplingParams
 from ragfleet.engines.vllm_settings import DRAW
+
+if TYPE_CHECKING:
+    import torch
 
 
 class SeededDraws(LogitsProcessor):  # type: ignore[misc]
@@ -56,7 +58,7 @@ class SeededDraws(LogitsProcessor):  # type: ignore[misc]
         if self._chooser is not None and self._streams:
             rows = list(self._streams)
             draws = [stream.draw() for stream in self._streams.values()]
-            tokens = self._chooser.pick(logits[rows], logits.new_tensor(draws, dtype=torch.float64))
+            tokens = self._chooser.pick_by(logits[rows], draws)
             logits[rows] = -float("inf")
             logits[rows, tokens] = 0.0
         return logits

@@ -21,6 +21,7 @@ import torch
 from transformers import LogitsProcessor, StoppingCriteria
 
 from ragfleet.engines.answers import cut_at_stop, split_reasoning
+from ragfleet.engines.nucleus import nucleus, nucleus_floor
 from ragfleet.engines.protocol import Completion, Failure, Outcome, Prepared, SamplingParams
 from ragfleet.tokens import PromptTokenizer
 
@@ -83,17 +84,17 @@ class TokenChooser:
         """`choose` on the device alone: fp64 `draws` [rows], made beforehand; None: greedy."""
         if draws is None:
             return scores.argmax(dim=-1)
-        probs = torch.softmax(scores.float() / self._temperature, dim=-1)  # [rows, vocab]
-        if self._top_p < 1:
-            ordered, index = torch.sort(probs, dim=-1, descending=True, stable=True)
-            before = ordered.cumsum(dim=-1) - ordered  # probability of all likelier tokens
-            ordered[before >= self._top_p] = 0
-            probs = torch.zeros_like(probs).scatter_(-1, index, ordered)
-        bounds = probs.double().cumsum(dim=-1)
+        weights = torch.softmax(scores.float() / self._temperature, dim=-1)  # [rows, vocab]
+        tokens = None
+        if self._top_p < 1 and weights.is_cuda:
+            weights = torch.where(weights >= nucleus_floor(weights, self._top_p), weights, 0.0)
+        elif self._top_p < 1:
+            weights, tokens = nucleus(weights, self._top_p)
+        bounds = weights.double().cumsum(dim=-1)
         # right=True: a draw of 0.0 skips tokens of probability 0.
-        token = torch.searchsorted(bounds, draws[:, None] * bounds[:, -1:], right=True)
-        # NaN rows would point past the vocabulary.
-        return token.clamp_(max=probs.shape[-1] - 1)[:, 0]
+        place = torch.searchsorted(bounds, draws[:, None] * bounds[:, -1:], right=True)
+        place.clamp_(max=weights.shape[-1] - 1)  # NaN rows would point past the vocabulary
+        return (place if tokens is None else tokens.gather(-1, place))[:, 0]
 
 
 def not_finite(scores: torch.Tensor) -> torch.Tensor:

@@ -120,6 +120,7 @@ def prepare(
             seeded=config.seed is not None and config.temperature > 0,
         )
         notes += [why] if why and model_dir is not None else []
+    notes += _unused(config, engine)
     num_workers, allocation, seat_notes = seat(replace(seating, splits_heads=engine == "vllm"))
     precision = resolve_precision(config, model_dir, allocation.gpus_per_worker > 0)
     run_file = None if config.overwrite else read_run_file(paths)
@@ -172,6 +173,18 @@ def prepare(
         class_hash=class_hash,
         notes=[*notes, *seat_notes, *allocation.notes],
     )
+
+
+def _unused(config: RunConfig, engine: EngineKind) -> list[str]:
+    """The line about flags that mean nothing to this engine."""
+    asked = {
+        "--prefix_sharing": config.prefix_sharing != "auto",
+        "--kv_cache_bytes": config.kv_cache_bytes is not None,
+    }
+    flags = [flag for flag, is_asked in asked.items() if is_asked]
+    if engine == "transformers" or not flags:
+        return []
+    return [f"{' and '.join(flags)}: not used, for the engine is {engine}, not transformers."]
 
 
 def options_part(config: RunConfig) -> dict[str, Any]:

@@ -331,6 +331,22 @@ def test_every_other_run_shows_a_difference(model: Path) -> None:
     check_same_run(found, prepare(config, {}).identity, paths.output_file, 0)
 
 
+def test_flags_of_another_engine_are_said_to_be_unused(model: Path) -> None:
+    config = RunConfig(
+        contexts_file=Path("c"),
+        output_file=model.parent / "out.jsonl",
+        model_path=str(model),
+        device="cpu",
+        prefix_sharing="on",
+        kv_cache_bytes=10**9,
+    )
+    line = (
+        "--prefix_sharing and --kv_cache_bytes: not used, for the engine is echo, not transformers."
+    )
+    assert line in prepare(config.replace(engine="echo"), {}).notes
+    assert not [note for note in prepare(config, {}).notes if "not used" in note]
+
+
 def test_no_run_file_is_a_first_start_and_a_broken_one_an_error(tmp_path: Path) -> None:
     paths = RunPaths(tmp_path / "out.jsonl")
     assert read_run_file(paths) is None

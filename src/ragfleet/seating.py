@@ -107,8 +107,9 @@ def seat(seating: Seating) -> tuple[int, Allocation, list[str]]:
         # What is chosen by the sums above takes GPUs that are free as a whole.
         needed_bytes=None if is_auto else needed_bytes(seating.model_dir),
     )
-    if not is_auto and not seating.on_cpu and seating.torchrun is None:
-        notes += _faster(seating, allocation)
+    if not is_auto and seating.torchrun is None:
+        on_cpu = seating.on_cpu
+        notes += _more_on_cpu(seating) if on_cpu else _faster(seating, allocation)
     return num_workers, allocation, notes
 
 
@@ -173,6 +174,23 @@ def _auto_on_gpus(seating: Seating, sizes: list[int] | None) -> tuple[int, int, 
     free = [gpu.free_bytes for gpu in gpus]
     layout = choose_layout(free, model, _demand(seating), seating.split, sizes)
     return layout.num_workers, layout.num_gpus, f"auto: {layout.name}: {layout.arithmetic()}."
+
+
+def _more_on_cpu(seating: Seating) -> list[str]:
+    """The line for who left the number of workers open where a model runs on several cores."""
+    is_open = seating.config.num_workers is None
+    if not is_open or seating.model_dir is None or seating.needs_no_gpu or seating.is_remote:
+        return []
+    try:
+        workers, _ = _auto_on_cpu(seating)
+    except (DeviceError, ModelError):  # that is for others to say, who say it better
+        return []
+    if workers == 1:
+        return []
+    return [
+        f"--num_workers auto would start {workers}; with a small model two of one thread were 1.15"
+        " times as fast as one of two."
+    ]
 
 
 def _faster(seating: Seating, allocation: Allocation) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -298,8 +299,6 @@ def test_numbers_that_are_not_the_best_are_taken_and_remarked(tmp_path: Path) ->
 
 
 def test_auto_under_torchrun_is_its_world_size(tmp_path: Path) -> None:
-    import dataclasses
-
     rank = TorchrunRank.__new__(TorchrunRank)
     object.__setattr__(rank, "world_size", 4)
     asked = dataclasses.replace(seating_of(tmp_path, fake_inventory(8, 80)), torchrun=rank)
@@ -307,8 +306,6 @@ def test_auto_under_torchrun_is_its_world_size(tmp_path: Path) -> None:
 
 
 def test_auto_on_the_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import dataclasses
-
     monkeypatch.setattr(seating, "usable_cores", lambda: 8)
     monkeypatch.setattr(seating, "available_memory_bytes", lambda: 100 * GIB)
     none = fake_inventory(0)
@@ -329,3 +326,21 @@ def test_prompts_are_sized_by_the_first_lines(tmp_path: Path) -> None:
     path.write_text("x" * 349 + "\n")
     assert typical_prompt_tokens(path) == 160
     assert typical_prompt_tokens(tmp_path / "none") == 512
+
+
+def test_a_single_worker_on_many_cores_hears_of_auto(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(seating, "usable_cores", lambda: 8)
+    monkeypatch.setattr(seating, "available_memory_bytes", lambda: 64 * GIB)
+    none = fake_inventory(0)
+    _, _, notes = seat(seating_of(tmp_path, none, gib_weights=0.1, num_workers=None))
+    assert [note for note in notes if "--num_workers auto would start 8" in note]
+    for settings in ({"num_workers": 1}, {"num_workers": 2}):
+        asked = seating_of(tmp_path, none, gib_weights=0.1, **settings)
+        assert not [note for note in seat(asked)[2] if "would start" in note]
+    echo = seating_of(tmp_path, none, gib_weights=0.1, num_workers=None)
+    _, _, notes = seat(dataclasses.replace(echo, needs_no_gpu=True))
+    assert not [note for note in notes if "would start" in note]
+    large = seating_of(tmp_path, none, gib_weights=100, num_workers=None)
+    assert not [note for note in seat(large)[2] if "would start" in note]

@@ -15,6 +15,9 @@ from typing import Any
 import torch
 from transformers import modeling_flash_attention_utils as flash_utils
 
+from ragfleet.engines.shared_prefix import varlen
+from ragfleet.engines.shared_prefix.varlen import Ranges
+
 NAME = "flash_attention_2"
 
 
@@ -88,23 +91,18 @@ def plain_varlen(
     window_size: tuple[int, int] = (-1, -1),
 ) -> torch.Tensor:
     """The same, sequence by sequence: for devices without the kernel, and to compare with."""
-    out = torch.zeros_like(q)
-    starts_q, starts_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
+    assert tuple(window_size) == (-1, -1), window_size
+    ranges = Ranges(
+        starts_q=cu_seqlens_q,
+        offsets_k=cu_seqlens_k,
+        lengths_k=cu_seqlens_k.diff(),
+        max_q=max_seqlen_q,
+        max_k=max_seqlen_k,
+        causal=causal,
+    )
     scale = softmax_scale or q.shape[-1] ** -0.5
-    for number in range(len(starts_q) - 1):
-        here = slice(starts_q[number], starts_q[number + 1])
-        there = slice(starts_k[number], starts_k[number + 1])
-        queries, keys = here.stop - here.start, there.stop - there.start
-        if not queries or not keys:
-            continue
-        group = q.shape[1] // k.shape[1]
-        key, value = (x[there].repeat_interleave(group, 1).float() for x in (k, v))
-        scores = torch.einsum("qhd,khd->hqk", q[here].float(), key) * scale
-        if causal:
-            hidden = torch.ones(queries, keys, dtype=torch.bool, device=q.device)
-            scores.masked_fill_(hidden.triu(keys - queries + 1), -torch.inf)
-        out[here] = torch.einsum("hqk,khd->qhd", scores.softmax(-1), value).to(q.dtype)
-    return out
+    out, _ = varlen.plain_varlen(q.float(), k.float(), v.float(), ranges, scale)
+    return out.to(q.dtype)
 
 
 def _try_out(kernel: Any, device: torch.device, dtype: torch.dtype) -> None:

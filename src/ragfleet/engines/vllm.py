@@ -34,7 +34,7 @@ from ragfleet.engines.protocol import (
     Request,
     RequestKey,
 )
-from ragfleet.engines.vllm_options import INSTALL, check_options, find_vllm, option_names
+from ragfleet.engines.vllm_options import INSTALL, checked_version
 from ragfleet.engines.vllm_settings import (
     LEAST_TEMPERATURE,
     cache_notes,
@@ -104,7 +104,7 @@ class VllmEngine:
             notes.append("the model has no chat template: prompts are plain text")
         if 0 < spec.sampling.temperature < LEAST_TEMPERATURE:
             notes.append(f"vLLM samples at temperature {LEAST_TEMPERATURE} at the least")
-        installed = _checked_version(spec)
+        installed = checked_version(spec.engine_options)
         for name, value in environment(spec).items():
             os.environ.setdefault(name, value)
         self._vllm = _import_vllm()
@@ -371,16 +371,6 @@ class VllmEngine:
         if self._guard is not None:
             self._guard.close()
             self._guard = None
-
-
-def _checked_version(spec: EngineSpec) -> str:
-    installed = find_vllm()
-    if installed is None:
-        raise ConfigError(f"--engine vllm needs vLLM, which is not installed: {INSTALL}.")
-    if installed.is_too_old:
-        raise ConfigError(installed.too_old())
-    check_options(spec.engine_options, option_names(installed.folder), installed.version)
-    return installed.version
 
 
 def _import_vllm() -> Any:

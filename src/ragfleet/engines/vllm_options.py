@@ -159,6 +159,17 @@ def check_options(options: Mapping[str, Any], names: frozenset[str], version: st
             raise ConfigError(f"--engine_options: vLLM {version} has no option {name!r}{hint}")
 
 
+def checked_version(options: Mapping[str, Any]) -> str:
+    """Of the vLLM in this environment, which takes `options`. Raises ConfigError."""
+    installed = find_vllm()
+    if installed is None:
+        raise ConfigError(f"--engine vllm needs vLLM, which is not installed: {INSTALL}.")
+    if installed.is_too_old:
+        raise ConfigError(installed.too_old())
+    check_options(options, option_names(installed.folder), installed.version)
+    return installed.version
+
+
 def answers_depend_on(options: Mapping[str, Any]) -> dict[str, Any]:
     """The options that belong to the identity of a run: all that do more than change the speed."""
     return {name: value for name, value in sorted(options.items()) if name not in _SPEED_ONLY}

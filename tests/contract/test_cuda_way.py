@@ -534,4 +534,4 @@ def test_a_gpu_that_no_longer_answers_ends_the_start(
 
     monkeypatch.setattr(transformers, "make_loop", trial)
     with pytest.raises(ModelError, match=r"illegal memory access.*--prefix_sharing off"):
-        start()
+        start(prefix_sharing="on")

@@ -110,7 +110,8 @@ class TransformersEngine:
                 self._on_tokens,
             )
         except Unsupported as error:
-            self._check_device(error)
+            if self._spec.prefix_sharing == "on":
+                self._check_device(error)
             degraded = f"plain batches, in which prompts share nothing: {error}"
             notes.append(degraded)
             return plain, degraded

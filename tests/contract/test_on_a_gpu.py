@@ -1,62 +1,149 @@
-"""The shared-prefix loop on a GPU: what the tests on the CPU leave to it.
+"""The transformers engine on a GPU: what the tests on the CPU leave to it.
 
-`python -m pytest -m gpu tests/contract/test_on_a_gpu.py`: the fused kernel, fp32 token by token
-without it, half precision with it and with captured steps.
+`python -m pytest -m gpu tests/contract/test_on_a_gpu.py` on a real one: the fused kernel, fp32 token
+by token without it, half precision with it and with captured steps, plain batches. By default the
+same on a pretended one, which has all that but the kernels: see `pretended_gpu`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from driving import Make
+from driving import Make, ask, drive
+from pretended_gpu import PretendedGpu, pretended_gpu
 from test_shared_prefix import answer, loop_of, prompt_sets
 
 from models import Reference, make_model
+from ragfleet.engines import decoding
+from ragfleet.engines.protocol import Completion
+from ragfleet.engines.shared_prefix import varlen_pass
 from ragfleet.engines.shared_prefix.varlen import why_not_flash
 
-pytestmark = [
+REAL = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here"),
 ]
+Gpu = Callable[[], AbstractContextManager[PretendedGpu | None]]
+"""Engines with `num_gpus=1` that are started and asked within it are on it. None: a real one."""
 
 
+@pytest.fixture(params=[pytest.param("real", marks=REAL), "pretended"])
+def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Gpu:
+    return nullcontext if request.param == "real" else partial(pretended_gpu, monkeypatch)
+
+
+@pytest.fixture
+def narrow(tmp_path: Path) -> Path:
+    """The fused kernel wants heads of a multiple of 8; small logits, for half precision."""
+    return make_model(tmp_path / "m", "--head_dim", "32", "--initializer_range", "0.02")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
 @pytest.mark.parametrize("head_dim", [32, 64, 96, 128, 256])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_the_fused_kernel_is_as_its_source_says(dtype: torch.dtype, head_dim: int) -> None:
     assert why_not_flash(dtype, head_dim, torch.device("cuda:0")) is None
 
 
-def test_fp32_gives_the_tokens_of_plain_generation(start: Make, reference: Reference) -> None:
-    engine = start(num_gpus=1, prefix_sharing="on", batch_size=5, max_new_tokens=10)
-    loop_of(engine)
-    for prompts in prompt_sets().values():
-        for prompt, found in zip(prompts, answer(engine, prompts), strict=True):
+def test_fp32_gives_the_tokens_of_plain_generation(
+    reference: Reference, gpu: Gpu, start: Make
+) -> None:
+    sets = prompt_sets()
+    with gpu() as pretended:
+        engine = start(num_gpus=1, prefix_sharing="on", batch_size=5, max_new_tokens=10)
+        loop_of(engine)
+        if pretended is not None:  # where a pass lays out what is told elsewhere
+            sets = {name: sets[name] for name in ("groups with a head", "no head")}
+        found = {name: answer(engine, prompts) for name, prompts in sets.items()}
+    for name, prompts in sets.items():
+        for prompt, one in zip(prompts, found[name], strict=True):
             tokens = reference.generate(prompt, 10, [3])
-            assert list(found.token_ids) == [token for token in tokens if token != 3]
+            assert list(one.token_ids) == [token for token in tokens if token != 3]
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_half_precision_is_fused_and_captured(
-    start: Make, tmp_path: Path, precision: str, temperature: float
+    gpu: Gpu, start: Make, narrow: Path, precision: str, temperature: float
 ) -> None:
-    model = make_model(tmp_path / "m", "--head_dim", "32", "--initializer_range", "0.02")
-    engine = start(
-        model_dir=model,
-        num_gpus=1,
-        prefix_sharing="on",
-        precision=precision,
-        max_new_tokens=32,
-        temperature=temperature,
-        top_p=0.9,
-    )
-    loop = loop_of(engine)
-    assert not [note for note in loop.notes if "CUDA graphs" in note]
-    for prompts in prompt_sets().values():
-        assert len(answer(engine, prompts)) == len(prompts)
-    assert not loop._num_failures
-    assert loop._decoder is not None
-    buckets = loop._decoder._buckets.values()
-    assert any(bucket.step != bucket._step for bucket in buckets), "nothing was captured"
+    sets = prompt_sets()
+    with gpu() as pretended:
+        engine = start(
+            model_dir=narrow,
+            num_gpus=1,
+            prefix_sharing="on",
+            precision=precision,
+            max_new_tokens=16,
+            temperature=temperature,
+            top_p=0.9,
+        )
+        loop = loop_of(engine)
+        if pretended is not None:
+            sets = {name: sets[name] for name in ("questions that begin alike",)}
+        for prompts in sets.values():
+            assert len(answer(engine, prompts)) == len(prompts)
+        assert not [note for note in loop.notes if "CUDA graphs" in note]
+        assert not loop._num_failures
+        assert loop._decoder is not None
+        buckets = loop._decoder._buckets.values()
+        assert any(bucket.step != bucket._step for bucket in buckets), "nothing was captured"
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.4])
+def test_plain_batches_answer_as_on_the_cpu(gpu: Gpu, start: Make, temperature: float) -> None:
+    settings: Any = {"temperature": temperature, "top_p": 0.9, "max_new_tokens": 9}
+    settings |= {"batch_size": 4, "prefix_sharing": "off"}
+    requests = [ask(n, f"What is {n}?", "A text. " * (n % 3 + 4), seed=n) for n in range(12)]
+    wanted = drive(start(**settings), requests)
+    with gpu() as pretended:
+        found = drive(start(num_gpus=1, **settings), requests)
+    for key, outcome in wanted.items():
+        other = found[key]
+        assert isinstance(outcome, Completion)
+        assert isinstance(other, Completion)
+        assert other.token_ids == outcome.token_ids
+    if pretended is not None:
+        waits = pretended.waits["engines/decoding.py:__call__: tolist"]
+        assert waits == len(requests) // 4 * 9, "one transfer for each step of a batch"
+
+
+# ---- the pretended one bites
+
+
+def test_a_captured_step_that_waits(
+    monkeypatch: pytest.MonkeyPatch, start: Make, narrow: Path
+) -> None:
+    floor = decoding.nucleus_floor
+
+    def waiting(probs: torch.Tensor, top_p: float) -> torch.Tensor:
+        assert bool((probs >= 0).all())
+        return floor(probs, top_p)
+
+    monkeypatch.setattr(decoding, "nucleus_floor", waiting)
+    settings: Any = {"precision": "bf16", "temperature": 0.8, "top_p": 0.9}
+    with pretended_gpu(monkeypatch):
+        engine = start(model_dir=narrow, num_gpus=1, prefix_sharing="on", **settings)
+        assert "not permitted when stream is capturing: __bool__" in str(loop_of(engine).notes)
+
+
+def test_a_tensor_left_on_the_host(
+    monkeypatch: pytest.MonkeyPatch, start: Make, narrow: Path
+) -> None:
+    part = varlen_pass._part_of
+
+    def left(views: Any, cache: Any) -> varlen_pass.Part:
+        made = part(views, cache)
+        absent = torch.zeros(made.absent.shape, dtype=torch.bool)
+        return varlen_pass.Part(made.num_tokens, made.own, made.levels, absent)
+
+    monkeypatch.setattr(varlen_pass, "_part_of", left)
+    with pretended_gpu(monkeypatch):
+        engine = start(model_dir=narrow, num_gpus=1, prefix_sharing="on", precision="bf16")
+        assert "same device" in str(engine.start().degraded)

@@ -26,8 +26,26 @@ from ragfleet.engines.shared_prefix.graphs import Graphs
 GPU: Final = torch.device("cuda:0")
 CPU: Final = torch.device("cpu")
 _ON_THE_HOST: Final = frozenset(
-    "item tolist numpy cpu __bool__ __int__ __float__ __index__ __contains__ nonzero argwhere"
-    " masked_select unique unique_consecutive equal allclose is_nonzero bincount".split()
+    [
+        "item",
+        "tolist",
+        "numpy",
+        "cpu",
+        "__bool__",
+        "__int__",
+        "__float__",
+        "__index__",
+        "__contains__",
+        "nonzero",
+        "argwhere",
+        "masked_select",
+        "unique",
+        "unique_consecutive",
+        "equal",
+        "allclose",
+        "is_nonzero",
+        "bincount",
+    ]
 )
 """Answered there, or by as many numbers as the device has to be asked for."""
 _TOLD: Final = {
@@ -35,7 +53,7 @@ _TOLD: Final = {
     "torch.Tensor.is_cuda.__get__": True,
     "torch.Tensor.is_cpu.__get__": False,
 }
-_COPIES: Final = frozenset("tensor as_tensor to copy_ __setitem__ __getitem__".split())
+_COPIES: Final = frozenset(["tensor", "as_tensor", "to", "copy_", "__setitem__", "__getitem__"])
 """Take tensors, or numbers, of both devices."""
 
 
@@ -64,7 +82,7 @@ class PretendedGpu(TorchFunctionMode):
         if name == "copy_":
             goes_here = _is_here(args[0])
         if name in _COPIES:
-            if here and (there or not goes_here) or goes_here and not here:
+            if (here and (there or not goes_here)) or (goes_here and not here):
                 self._wait(f"{name}, {'from' if goes_here else 'to'} the host")
         elif here and any(one.dim() for one in there):
             raise RuntimeError(f"{full}: expected all tensors to be on the same device")

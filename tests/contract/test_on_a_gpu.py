@@ -1,8 +1,8 @@
 """The transformers engine on a GPU: what the tests on the CPU leave to it.
 
-`python -m pytest -m gpu tests/contract/test_on_a_gpu.py` on a real one: the fused kernel, fp32 token
-by token without it, half precision with it and with captured steps, plain batches. By default the
-same on a pretended one, which has all that but the kernels: see `pretended_gpu`.
+On a real one by `python -m pytest -m gpu tests/contract/test_on_a_gpu.py`: the fused kernel, fp32
+token by token without it, half precision with it and with captured steps, plain batches. By
+default all but the kernel on a pretended one: see `pretended_gpu`.
 """
 
 from __future__ import annotations
@@ -138,8 +138,8 @@ def test_a_tensor_left_on_the_host(
 ) -> None:
     part = varlen_pass._part_of
 
-    def left(views: Any, cache: Any) -> varlen_pass.Part:
-        made = part(views, cache)
+    def left(*args: Any, **others: Any) -> varlen_pass.Part:
+        made = part(*args, **others)
         absent = torch.zeros(made.absent.shape, dtype=torch.bool)
         return varlen_pass.Part(made.num_tokens, made.own, made.levels, absent)
 

@@ -17,6 +17,7 @@ from ragfleet.engines.shared_prefix.varlen import (
     plain_varlen,
     why_not_flash,
 )
+from ragfleet.engines.shared_prefix.varlen_pass import absent_in, asked_in
 
 CPU = torch.device("cpu")
 
@@ -104,19 +105,27 @@ def test_another_fused_kernel_is_not_used(
     assert why_not_flash(torch.bfloat16, 16, CPU) is not None
 
 
-def test_levels_and_own_parts_merge_to_the_whole() -> None:
+@pytest.mark.parametrize(
+    ("num_levels", "is_a_level"), [(1, False), (2, False), (0, True), (1, True), (2, True)]
+)
+def test_levels_and_own_parts_merge_to_the_whole(num_levels: int, is_a_level: bool) -> None:
     torch.manual_seed(0)
     query, (key, value) = torch.randn(5, 6, 8), torch.randn(2, 40, 2, 8)
-    own = Ranges.of([(1, 30 + index, 2) for index in range(5)], CPU)
+    own = [(index, index + 1, Range(30 + index, 2)) for index in range(5)]
     levels = [[(0, 3, Range(0, 7)), (3, 5, Range(7, 5))], [(0, 3, Range(20, 6)), (3, 5, NOTHING)]]
-    asked = [(3 * (b - a), r.offset, r.length) for level in levels for a, b, r in level]
-    out, lse = plain_varlen(query, key, value, own, 0.3)
-    outs, lses = attend_levels(plain_varlen, query, key, value, Ranges.of(asked, CPU), 2, 0.3)
-    absent = torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
-    merged = merge_levels(out, lse, outs, lses, absent)
+    levels = levels[:num_levels] + [own] * is_a_level
+    other = None
+    if not is_a_level:
+        asked = Ranges.of([(1, range_.offset, range_.length) for _, _, range_ in own], CPU)
+        other = plain_varlen(query, key, value, asked, 0.3)
+    in_levels = Ranges.of(asked_in(levels, 3), CPU)
+    outs, lses = attend_levels(plain_varlen, query, key, value, in_levels, len(levels), 0.3)
+    merged = merge_levels(outs, lses, torch.tensor(absent_in(levels)), other)
     for index in range(5):
         seen = [*range(30 + index, 32 + index)]
-        seen += [*range(0, 7), *range(20, 26)] if index < 3 else range(7, 12)
+        for start, stop, range_ in (read for level in levels[:num_levels] for read in level):
+            if start <= index < stop:
+                seen += range(range_.offset, range_.offset + range_.length)
         whole = Ranges.of([(1, 0, len(seen))], CPU)
         one = query[index : index + 1]
         wanted, _ = plain_varlen(one, key[seen], value[seen], whole, 0.3)

@@ -8,6 +8,7 @@ who ended within a burst, and what is dropped, is for the loop to say.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import accumulate
 from typing import Final
 
 import torch
@@ -21,6 +22,8 @@ from ragfleet.engines.shared_prefix.varlen_cache import VarlenCache
 from ragfleet.engines.shared_prefix.varlen_pass import (
     Part,
     VarlenPass,
+    absent_in,
+    asked_in,
     block_tokens,
     in_blocks,
     level_reads,
@@ -127,28 +130,29 @@ class _Bucket:
 
         self._longs = zeros(4, batch, dtype=torch.int64)
         self._ids, self._positions, self._written, self._live = self._longs
-        # Own offsets, own lengths, then of levels: starts, offsets, lengths, absent.
-        parts = (batch + 1, batch, num_ranges + 1, num_ranges + 1, num_ranges, levels * batch)
+        # Of ranges, those of the rows' own parts last: starts, offsets, lengths. Then absent.
+        count = num_ranges + batch
+        parts = (count + 1, count + 1, count, (levels + 1) * batch)
         self._ints = zeros(sum(parts), dtype=torch.int32)
-        offsets, self._lengths, starts, nodes, node_lengths, absent = self._ints.split(parts)
-        self._absent_ints = absent.view(levels, batch)
-        self._absent = zeros(levels, batch, dtype=torch.bool)
+        starts, offsets, lengths, absent = self._ints.split(parts)
+        self._own_lengths = lengths[num_ranges:]
+        self._absent_ints = absent.view(levels + 1, batch)
+        self._absent = zeros(levels + 1, batch, dtype=torch.bool)
         self._draws = zeros(BURST_STEPS, batch, dtype=torch.float64)
         self._at = zeros(1, dtype=torch.int64)
         self.chosen = zeros(2, BURST_STEPS, batch, dtype=torch.int64)
         """[tokens or not finite, step, row]"""
         self._most = min(batch, block_tokens(cache.group))
-        in_nodes = Ranges(starts, nodes, node_lengths, self._most * cache.group, cache.num_pool)
-        rows = torch.arange(batch + 1, device=device)
-        own = Ranges(rows.to(torch.int32), offsets, self._lengths, 1, cache.slot_tokens)
+        longest = max(cache.num_pool, cache.slot_tokens)
+        ranges = Ranges(starts, offsets, lengths, self._most * cache.group, longest)
         self._pass = VarlenPass(
             kernel,
             cache,
             input_ids=self._ids[None],
             position_ids=self._positions[None],
             written=self._written,
-            parts=[Part(batch, own, in_nodes if levels else None, self._absent)],
-            logit_rows=rows[:batch],
+            parts=[Part(batch, None, ranges, self._absent)],
+            logit_rows=torch.arange(batch, device=device),
             slots=list(range(batch)),
         )
 
@@ -168,35 +172,28 @@ class _Bucket:
             [cache.place(row.slot, row.column) for row in rows] + [cache.scratch] * spare,
             [1] * len(rows) + idle,
         ]
-        ints = [cache.place(row.slot) for row in rows] + [cache.scratch] * spare + [0]
-        ints += [row.column + 1 for row in rows] + [1] * spare
         nothing = [[(0, self._batch, Range(0, 0))]] * self._levels
         levels = levels or in_blocks(nothing, self._most)
+        own = [Range(cache.place(row.slot), row.column + 1) for row in rows]
+        own += [Range(cache.scratch, 1)] * spare
         self._longs.copy_(torch.tensor(longs))
-        self._ints.copy_(torch.tensor(ints + self._of_levels(levels), dtype=torch.int32))
+        self._ints.copy_(torch.tensor(self._of_ranges(levels, own), dtype=torch.int32))
         self._absent.copy_(self._absent_ints)
         if draws:
             padded = [[*of_rows, *idle] for of_rows in draws]
             self._draws[: len(draws)].copy_(torch.tensor(padded, dtype=torch.float64))
         self._at.zero_()
 
-    def _of_levels(self, levels: Sequence[Sequence[Read]]) -> list[int]:
-        """For `_ints`. Ranges beyond those that there are nobody asks."""
-        reads = [read for level in levels for read in level]
-        starts = [0]
-        for start, stop, _ in reads:
-            starts.append(starts[-1] + (stop - start) * self._cache.group)
-        spare = [0] * (self._num_ranges - len(reads))
-        return [
-            *starts,
-            *[starts[-1]] * len(spare),
-            *[range_.offset for _, _, range_ in reads],
-            *spare,
-            0,
-            *[range_.length for _, _, range_ in reads],
-            *spare,
-            *[int(not range_.length) for start, stop, range_ in reads for _ in range(start, stop)],
-        ]
+    def _of_ranges(self, levels: Sequence[Sequence[Read]], own: Sequence[Range]) -> list[int]:
+        """For `_ints`. Ranges of levels beyond those that there are nobody asks."""
+        group = self._cache.group
+        asked = asked_in(levels, group)
+        asked += [(0, 0, 0)] * (self._num_ranges - len(asked))
+        asked += [(group, range_.offset, range_.length) for range_ in own]
+        queries, offsets, lengths = zip(*asked, strict=True)
+        absent = [int(one) for of_level in absent_in(levels) for one in of_level]
+        starts = accumulate(queries, initial=0)
+        return [*starts, *offsets, 0, *lengths, *absent, *[0] * len(own)]
 
     def _step(self) -> None:
         """One token of every row. Nothing here may ask the device for a number."""
@@ -210,7 +207,7 @@ class _Bucket:
         both = torch.stack((tokens, not_finite(logits).long()))
         self.chosen.index_copy_(1, self._at, both[:, None])
         self._ids.copy_(tokens)
-        for one in (self._positions, self._written, self._lengths):
+        for one in (self._positions, self._written, self._own_lengths):
             one.add_(self._live)
         self._at.add_(1)
 

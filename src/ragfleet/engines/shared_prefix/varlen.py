@@ -124,8 +124,8 @@ def attend_levels(
     levels: int,
     scaling: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same tokens once more per level, all levels in one call: query [tokens, heads, dim] to
-    outputs [levels, tokens, heads, dim] and log-sum-exps [levels, heads, tokens].
+    """The same tokens once per level, all levels in one call: query [tokens, heads, dim] to outputs
+    [levels, tokens, group, kv_heads, dim] and log-sum-exps [kv_heads, levels, tokens, group].
 
     The heads of a group ask the same keys, so that they go as queries of one head: the kernel reads
     keys once per head, and its blocks of queries are fuller. `ranges` count queries so: `tokens *
@@ -137,28 +137,43 @@ def attend_levels(
     by_group = query.unflatten(1, (kv_heads, group)).transpose(1, 2)
     asked = by_group.expand(levels, -1, -1, -1, -1).reshape(-1, kv_heads, dim)
     out, lse = kernel(asked, key, value, ranges, scaling)
-    out = out.view(levels, num_tokens, group, kv_heads, dim).transpose(2, 3)
-    lse = lse.view(kv_heads, levels, num_tokens, group).permute(1, 0, 3, 2)
-    return out.flatten(2, 3), lse.flatten(1, 2)
+    return (
+        out.view(levels, num_tokens, group, kv_heads, dim),
+        lse.view(kv_heads, levels, num_tokens, group),
+    )
 
 
 def merge_levels(
-    out: torch.Tensor,
-    lse: torch.Tensor,
     outs: torch.Tensor,
     lses: torch.Tensor,
     absent: torch.Tensor,
+    other: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    """What tokens found in their own part, out [tokens, heads, dim] and lse [heads, tokens], and in
-    each level, as `attend_levels` gives it, as if all keys had been one range's. `absent` [levels,
-    tokens] bool: nothing stands there for them."""
-    lses = lses.masked_fill(absent[:, None], -torch.inf)
-    weights = torch.softmax(torch.cat((lse[None], lses)), dim=0)
-    weights = weights.transpose(1, 2)[..., None]  # [1 + levels, tokens, heads, 1]
-    merged = out * weights[0]  # fp32, as the weights
-    for part, weight in zip(outs, weights[1:], strict=True):
-        merged += part * weight
-    return merged.to(out.dtype)
+    """What tokens found in each level, as `attend_levels` gives it, as if all keys had been one
+    range's: [tokens, heads, dim]. `absent` [levels, tokens] bool: nothing stands there for them.
+    `other`: what they found elsewhere, outputs [tokens, heads, dim] and log-sums [heads, tokens].
+
+    The layout of the kernel is kept to the end, and few operations are asked: a step that decodes
+    has so little to compute that each of them costs a launch.
+    """
+    num_levels, num_tokens, group, kv_heads, dim = outs.shape
+    merged = outs[0]
+    if num_levels > 1 or other is not None:
+        lses = lses.masked_fill(absent[..., None], -torch.inf)
+        if other is not None:
+            other_lse = other[1].view(kv_heads, group, num_tokens).transpose(1, 2)
+            lses = torch.cat((lses, other_lse[:, None]), dim=1)
+        # [levels, tokens, group, kv_heads, 1], fp32
+        weights = torch.softmax(lses, dim=1).permute(1, 2, 3, 0)[..., None]
+        if other is None:
+            merged = (outs * weights).sum(dim=0)
+        else:  # many tokens: products of all levels at once would be large
+            merged = other[0].unflatten(1, (kv_heads, group)).transpose(1, 2) * weights[-1]
+            for part, weight in zip(outs, weights[:-1], strict=True):
+                merged += part * weight
+    out = outs.new_empty((num_tokens, kv_heads, group, dim))
+    out.copy_(merged.transpose(1, 2))
+    return out.flatten(1, 2)
 
 
 def why_not_flash(dtype: torch.dtype, head_dim: int, device: torch.device) -> str | None:

@@ -34,7 +34,8 @@ class Part:
     """Consecutive tokens of a pass that go through the kernels together."""
 
     num_tokens: int
-    own: Ranges
+    own: Ranges | None
+    """Their own part. None: it is the last one of the levels."""
     levels: Ranges | None
     """See `varlen.attend_levels`. None: they see nothing else."""
     absent: torch.Tensor
@@ -96,13 +97,16 @@ class VarlenPass:
         part: Part,
         scaling: float,
     ) -> torch.Tensor:
-        out, lse = self._kernel(query, keys, values, part.own, scaling)
-        if part.levels is None:
-            return out
+        own = None
+        if part.own is not None:
+            own = self._kernel(query, keys, values, part.own, scaling)
+            if part.levels is None:
+                return own[0]
+        assert part.levels is not None
         outs, lses = attend_levels(
             self._kernel, query, keys, values, part.levels, len(part.absent), scaling
         )
-        return merge_levels(out, lse, outs, lses, part.absent)
+        return merge_levels(outs, lses, part.absent, own)
 
 
 def packed_pass(
@@ -115,7 +119,7 @@ def packed_pass(
     """`last_tokens`: by slot, the token that a decoding row feeds.
 
     In three parts, for the kernels launch as many blocks for each range as the longest needs: rows
-    (one token each, which has a way of its own), slots' runs (short), nodes' runs.
+    (one token each, whose own part is a level as any other), slots' runs (short), nodes' runs.
     """
     rows = scheduled.rows
     in_slots = [run for run in scheduled.runs if run.slot >= 0]
@@ -143,7 +147,9 @@ def packed_pass(
         written=torch.tensor(
             [place for end, count in ends for place in range(end - count, end)], device=device
         ),
-        parts=[_part_of(part, cache) for part in views if part],
+        parts=[
+            _part_of(part, cache, are_rows=number == 0) for number, part in enumerate(views) if part
+        ],
         # Without any, the first: an empty product is not worth a special case in every layer.
         logit_rows=torch.tensor(logit_rows or [0], device=device),
         slots=[row.slot for row in rows] + [run.slot for run in in_slots],
@@ -169,29 +175,39 @@ def _view_of_run(run: Run, cache: VarlenCache) -> View:
     return count, own, before
 
 
-def _part_of(views: Sequence[View], cache: VarlenCache) -> Part:
+def _part_of(views: Sequence[View], cache: VarlenCache, *, are_rows: bool) -> Part:
     pieces: list[Piece] = []
     at = 0
     for count, _, before in views:
         pieces.append((at, at + count, before))
         at += count
     levels = in_blocks(level_reads(pieces, at), block_tokens(cache.group))
-    absent = [
-        [not range_.length for start, stop, range_ in reads for _ in range(start, stop)]
-        for reads in levels
-    ]
-    in_levels = [
-        ((stop - start) * cache.group, range_.offset, range_.length)
-        for reads in levels
-        for start, stop, range_ in reads
-    ]
+    if are_rows:
+        levels.append([(n, n + 1, range_) for n, (_, range_, _) in enumerate(views)])
     own = [(count, range_.offset, range_.length) for count, range_, _ in views]
     return Part(
         num_tokens=at,
-        own=Ranges.of(own, cache.device, causal=True),
-        levels=Ranges.of(in_levels, cache.device) if levels else None,
-        absent=torch.tensor(absent, dtype=torch.bool, device=cache.device),
+        own=None if are_rows else Ranges.of(own, cache.device, causal=True),
+        levels=Ranges.of(asked_in(levels, cache.group), cache.device) if levels else None,
+        absent=torch.tensor(absent_in(levels), dtype=torch.bool, device=cache.device),
     )
+
+
+def asked_in(levels: Sequence[Sequence[Read]], group: int) -> list[tuple[int, int, int]]:
+    """(queries, first key, keys) of each range: see `varlen.attend_levels`."""
+    return [
+        ((stop - start) * group, range_.offset, range_.length)
+        for reads in levels
+        for start, stop, range_ in reads
+    ]
+
+
+def absent_in(levels: Sequence[Sequence[Read]]) -> list[list[bool]]:
+    """[levels, tokens]: see `varlen.merge_levels`."""
+    return [
+        [not range_.length for start, stop, range_ in reads for _ in range(start, stop)]
+        for reads in levels
+    ]
 
 
 def level_reads(pieces: Sequence[Piece], num_tokens: int) -> list[list[Read]]:

@@ -2,7 +2,8 @@
 
 `PretendedGpu` looks at each of torch's public operations. What a GPU refuses is refused: tensors of
 two devices in one operation and, within a captured step, whatever asks the device for a number or
-brings one there. Waits elsewhere are counted. Not seen: what torch's operations do among themselves.
+brings one there. Waits elsewhere are counted. What torch's operations do among themselves is not
+seen.
 """
 
 from __future__ import annotations

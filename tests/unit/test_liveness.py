@@ -36,7 +36,9 @@ def test_progress_counts_and_beats_alone_do_not() -> None:
     for second in range(1, 12):
         beat = Beat(owner="0.0", sequence=1 + second, state="generating", in_flight=3, progress=7)
         known.observe(beat, float(second))
-    assert known.standstill(11.0, awake(), 100.0, 10.0) == "makes no progress for 11 s"
+    assert known.standstill(11.0, awake(), 100.0, 10.0) == (
+        "makes no progress for 11 s (--stall_timeout_s)"
+    )
     known.observe(Beat(owner="0.0", sequence=99, state="generating", progress=8), 11.0)
     assert known.standstill(12.0, awake(), 100.0, 10.0) is None
 
@@ -44,13 +46,17 @@ def test_progress_counts_and_beats_alone_do_not() -> None:
 def test_one_that_waits_only_has_to_give_beats() -> None:
     known = life(state="waiting")
     assert known.standstill(9.0, awake(), 100.0, 10.0) is None
-    assert known.standstill(11.0, awake(), 100.0, 10.0) == "gives no sign of life for 11 s"
+    assert known.standstill(11.0, awake(), 100.0, 10.0) == (
+        "gives no sign of life for 11 s (--stall_timeout_s)"
+    )
 
 
 def test_loading_has_a_limit_of_its_own() -> None:
     known = Life(beat_seen_s=0.0, moved_s=0.0)
     assert known.standstill(99.0, awake(), 100.0, 10.0) is None
-    assert known.standstill(101.0, awake(), 100.0, 10.0) == "is loading for 101 s"
+    assert known.standstill(101.0, awake(), 100.0, 10.0) == (
+        "is loading for 101 s (--start_timeout_s)"
+    )
 
 
 def test_a_users_code_has_the_longer_limit() -> None:

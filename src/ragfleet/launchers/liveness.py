@@ -84,7 +84,9 @@ class Life:
         beat = self.beat
         silent_s, stuck_s = awake.since(self.beat_seen_s, now_s), awake.since(self.moved_s, now_s)
         if not self.ready:
-            return f"is loading for {stuck_s:.0f} s" if stuck_s > start_timeout_s else None
+            if stuck_s <= start_timeout_s:
+                return None
+            return f"is loading for {stuck_s:.0f} s (--start_timeout_s)"
         limit_s = stall_timeout_s
         if self.blocked_after_s is not None:  # a user's code has its own, longer limit
             limit_s = max(limit_s, self.blocked_after_s + 2 * GRACE_S)
@@ -93,7 +95,8 @@ class Life:
         # create_prompt may hang; one with nothing to do is "waiting".
         if beat is not None and (beat.in_flight or beat.state == "generating"):
             what, is_stalled = "makes no progress", stuck_s > limit_s
-        return f"{what} for {max(stuck_s, silent_s):.0f} s" if is_stalled else None
+        which = "--stall_timeout_s" if limit_s == stall_timeout_s else "--request_timeout_s"
+        return f"{what} for {max(stuck_s, silent_s):.0f} s ({which})" if is_stalled else None
 
 
 def _progress(beat: Beat) -> tuple[object, ...]:

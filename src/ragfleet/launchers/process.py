@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Final
 
 import ragfleet
+from ragfleet.errors import RagfleetError
 from ragfleet.events import Event, EventReader
 from ragfleet.launch import LaunchPaths
 from ragfleet.launchers.liveness import Life
@@ -52,6 +53,8 @@ class WorkerProcess:
         now_s = time.monotonic()
         self.life = Life(beat_seen_s=now_s, moved_s=now_s)
         self.timed_out = False
+        self.start_error: RagfleetError | None = None
+        """Why it could not start."""
         self.kill_at_s: float | None = None
         """When a stalled worker has had its time to write its stacks."""
         self.killed_s: float | None = None

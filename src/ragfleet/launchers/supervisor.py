@@ -5,8 +5,8 @@ where each rank is a supervisor of its own: so a dead worker is replaced alone, 
 keep their models. It waits on process handles, pipes and signals; the tick only refreshes what is
 shown.
 
-Several supervisors of one launch talk through files in the launch's folder: `gave_up.<rank>` says
-that a worker will not be restarted again, `stop.json` that the whole run has to stop and why.
+Several supervisors of one launch talk through files in the launch's folder: those of `starts`, and
+`stop.json`, which says that the whole run has to stop and why.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from ragfleet.errors import (
     Interrupted,
     RagfleetError,
     StorageError,
+    UsageError,
     WorkersFailed,
     cannot_go_on,
     error_named,
@@ -35,9 +36,10 @@ from ragfleet.errors import (
 from ragfleet.events import Event, OnEvent
 from ragfleet.journal import read_journal
 from ragfleet.launch import Launch, LaunchPaths, write_atomically
-from ragfleet.launchers.liveness import AwakeTime
 from ragfleet.launchers.process import DEATH_S, Seat, WorkerProcess
 from ragfleet.launchers.signals import ParentWatch, Signals
+from ragfleet.launchers.starts import Starts
+from ragfleet.launchers.watch import Watch
 from ragfleet.leftovers import Orphanage
 from ragfleet.poison import Suspicion
 
@@ -49,8 +51,9 @@ _FORCE_AFTER_S: Final = 2.0
 """Under torchrun one Ctrl-C arrives twice, so only a later one forces."""
 _LEAVE_S: Final = 5.0
 """From a worker's last word to its end."""
-_DUMP_S: Final = 1.0
-"""Time a stalled worker has to write its stacks."""
+START_AGAIN_S: Final = 5.0
+"""After a worker that could not start, for each of its deaths: what took its GPU or its memory may
+be gone by then."""
 _PROVEN: Final = 100
 """A worker that finished so many requests before it died starts counting its restarts anew."""
 
@@ -87,12 +90,16 @@ class Supervisor:
         self._running: dict[int, WorkerProcess] = {}
         self._deaths: dict[int, int] = {seat.rank: 0 for seat in seats}
         self._incarnations: dict[int, int] = {seat.rank: 0 for seat in seats}
+        self._starts: Starts[WorkerProcess] = Starts(paths.directory, launch.num_started)
+        self._later: dict[int, float] = {}
+        """When workers that could not start are started again, by rank."""
+        self._last_words = ""
         self._seats = seats
         self._selector = selectors.DefaultSelector()
         self._error: RagfleetError | None = None
         self._deadline_s: float | None = None
         self._signalled_s: float | None = None
-        self._awake = AwakeTime(TICK_S, time.monotonic())
+        self._watch = Watch(launch, self._store, on_event, TICK_S)
         self._parent_pid = parent_pid
         self._orphanage = Orphanage() if owns_process else None
 
@@ -120,6 +127,7 @@ class Supervisor:
                     for key, _ in self._selector.select(TICK_S):
                         key.data()
                     self._reap()
+                    self._judge_starts()
                     self._tick()
             except OSError as error:
                 self._error = self._error or cannot_go_on(error)
@@ -140,10 +148,10 @@ class Supervisor:
             return False
         if self._error is not None or self._all_done():
             return True
-        if len(self._gave_up()) >= self._launch.num_started:
+        if self._starts.all_given_up():
             self._error = WorkersFailed(
                 f"No worker is left. Each died more than {self._max_restarts} times in a row, or"
-                f" can't be ended; the logs say why: {self._logs}"
+                f" can't be ended; the logs say why: {self._logs}{self._last_words}"
             )
             return True
         return False
@@ -152,18 +160,15 @@ class Supervisor:
         done = sum(name.endswith(".done") for name in os.listdir(self._paths.claims))
         return done >= self._num_chunks
 
-    def _gave_up(self) -> list[str]:
-        return [name for name in os.listdir(self._paths.directory) if name.startswith("gave_up.")]
-
     def _tick(self) -> None:
         now_s = time.monotonic()
         beats = read_beats(self._paths.beats)
-        self._awake.look(now_s)
+        self._watch.look(now_s)
         for process in list(self._running.values()):
             if process.owner in beats:
                 process.life.observe(beats[process.owner], now_s)
-            self._end_if_blocked(process, now_s)
-            self._end_if_stalled(process, now_s)
+            self._watch.end_if_blocked(process, now_s)
+            self._watch.end_if_stalled(process, now_s)
             if process.life.has_left_for(_LEAVE_S, now_s):
                 process.kill()  # a thread that somebody started keeps it
             if process.killed_s is not None and now_s > process.killed_s + DEATH_S:
@@ -171,6 +176,10 @@ class Supervisor:
         if self._on_tick is not None:
             self._on_tick(beats)
         self._obey_stop_file()
+        for rank in [rank for rank, due_s in self._later.items() if now_s > due_s]:
+            del self._later[rank]
+            if self._error is None and not self._all_done():
+                self._spawn(next(seat for seat in self._seats if seat.rank == rank))
         if self._deadline_s is None and self._all_done():
             # One that is frozen, or still loading, must not keep a finished run from its merge.
             self._deadline_s = now_s + DRAIN_S
@@ -209,10 +218,15 @@ class Supervisor:
             for event in events:
                 if event.kind == "ready":
                     process.life.become_ready(time.monotonic(), event.data.get("blocked_after_s"))
-                if event.kind == "fatal":
-                    self._stop(error_named(event.data.get("error", ""), event.message))
-                else:
+                    self._starts.succeed()
+                if event.kind != "fatal":
                     self._on_event(event)
+                    continue
+                error = error_named(event.data.get("error", ""), event.message)
+                if isinstance(error, UsageError) and not process.life.ready:
+                    process.start_error = error  # whose trouble it is shows later
+                else:
+                    self._stop(error)
         if process.is_silent and process.events_fd in self._selector.get_map():
             self._selector.unregister(process.events_fd)
 
@@ -232,10 +246,28 @@ class Supervisor:
                 self._store.record_death(process.owner, in_flight)
             self._store.bury(process.owner)
             # Exit code 0 too: a signal from outside, or a user's os._exit, is no reason to wait.
-            if self._error is None and not self._all_done():
+            if self._error is not None or self._all_done():
+                continue
+            if process.start_error is not None:
+                self._starts.fail(process.seat.rank, process)
+            else:
                 self._replace(process, code or 0)
         if self._orphanage is not None:
             self._orphanage.reap({process.pid for process in self._running.values()})
+
+    def _judge_starts(self) -> None:
+        """Of workers that could not start: stop the run, or go on as after a death."""
+        verdict = self._starts.verdict()
+        if self._error is not None or verdict in ("nobody's", "not known"):
+            return
+        for process in self._starts.release():
+            error = process.start_error
+            assert error is not None
+            if verdict == "its own":
+                self._replace(process, 0)
+            else:
+                log = self._log_of(process.seat.rank)
+                self._stop(type(error)(f"{error}\nThe log of worker {process.seat.rank}: {log}"))
 
     def _replace(self, process: WorkerProcess, code: int) -> None:
         rank = process.seat.rank
@@ -245,6 +277,9 @@ class Supervisor:
             self._spawn(process.seat)  # one request hung, and others did not
             return
         how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+        if process.start_error is not None:
+            how = f"it could not start: {process.start_error}"
+            self._last_words = f"\nThe last one said: {process.start_error}"
         if self._was_trial(process):
             self._on_event(
                 Event("died", f"worker {rank} died ({how}) while suspects were tried", rank)
@@ -261,7 +296,10 @@ class Supervisor:
                     rank,
                 )
             )
-            self._spawn(process.seat)
+            if process.start_error is None:
+                self._spawn(process.seat)
+            else:
+                self._later[rank] = time.monotonic() + START_AGAIN_S * self._deaths[rank]
             return
         self._give_up(rank)
         self._on_event(
@@ -302,47 +340,8 @@ class Supervisor:
         self._give_up(rank)
 
     def _give_up(self, rank: int) -> None:
-        (self._paths.directory / f"gave_up.{rank}").touch()
+        self._starts.give_up(rank)
         self._store.give_up(rank)
-
-    def _end_if_blocked(self, process: WorkerProcess, now_s: float) -> None:
-        """End a request that blocks its engine, with the worker; it fails when claimed again."""
-        row = process.life.blocking_row(now_s, self._awake)
-        if row is None or process.timed_out:
-            return
-        process.timed_out = True
-        self._store.time_out(row)
-        self._on_event(
-            Event(
-                "note",
-                f"worker {process.seat.rank}: a request took longer than"
-                f" {process.life.blocked_after_s:g} s (--request_timeout_s); it fails, and the"
-                " worker is restarted",
-                process.seat.rank,
-            )
-        )
-        process.kill()
-
-    def _end_if_stalled(self, process: WorkerProcess, now_s: float) -> None:
-        """Restart a worker that loads, or is silent, or makes no progress, for too long."""
-        if process.kill_at_s is not None:
-            if now_s > process.kill_at_s:
-                process.kill()
-            return
-        what = process.life.standstill(
-            now_s, self._awake, self._launch.start_timeout_s, self._launch.stall_timeout_s
-        )
-        if what is not None:
-            self._on_event(
-                Event(
-                    "note",
-                    f"worker {process.seat.rank} {what}; its stacks go to its log, and it is"
-                    " restarted",
-                    process.seat.rank,
-                )
-            )
-            process.kill_at_s = now_s + _DUMP_S
-            process.send(signal.SIGQUIT)
 
     # ---- stopping
 

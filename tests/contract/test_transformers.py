@@ -5,6 +5,7 @@ Plain batches also when something fails; what only the other loop has is in test
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,16 +14,20 @@ from typing import Any
 import pytest
 import torch
 from driving import Make, ask, drive
+from pretended_gpu import pretended_gpu
 
 from models import Reference, changed_copy, example_records, make_model
-from ragfleet.engines.batched import BatchedLoop
+from ragfleet.engines import checkpoint
+from ragfleet.engines.batched import PREFILL_OPERATIONS, BatchedLoop
 from ragfleet.engines.decoding import Row, RowSampler, RowStopper
 from ragfleet.engines.oom_ladder import OomLadder
 from ragfleet.engines.protocol import (
     Completion,
     Engine,
+    EngineSpec,
     Failure,
     Prepared,
+    PromptSettings,
     Request,
     SamplingParams,
 )
@@ -105,7 +110,7 @@ def test_greedy_tokens_are_those_of_batch_size_1(
         assert answer.completion_tokens == len(expected[index])
         assert answer.finish_reason == ("stop" if 3 in expected[index] else "length")
         assert answer.prompt_tokens == len(prompt_ids(engine, requests[index]))
-    assert engine.progress() == sum(map(len, expected))
+    assert engine.progress() > sum(map(len, expected)), "reading counts as well"
 
 
 @pytest.mark.parametrize("sharing", BOTH_LOOPS, ids=BOTH_LOOPS.get)
@@ -473,10 +478,13 @@ def test_abort_while_running(start: Make) -> None:
     engine = start(batch_size=4, max_new_tokens=NEW, prefix_sharing="off")
     assert isinstance(engine, TransformersEngine)
     count = engine._count
+    steps: list[int] = []
 
     def abort_soon(num_tokens: int) -> None:
         count(num_tokens)
-        if engine.progress() == 8:  # the second step of four rows
+        if num_tokens <= 4:  # not the prompts
+            steps.append(num_tokens)
+        if len(steps) == 2:
             engine.abort(ask(2).key)
 
     engine._count = abort_soon  # type: ignore[method-assign]
@@ -486,7 +494,73 @@ def test_abort_while_running(start: Make) -> None:
         engine.submit(prepared)
     keys = [outcome.key for outcome in engine.step(1.0)]
     assert sorted(keys) == [ask(0).key, ask(1).key, ask(3).key]
-    assert engine.progress() == 3 * NEW + 3
+    assert sum(steps) == 3 * NEW + 3
+
+
+def test_reading_prompts_is_progress(start: Make) -> None:
+    """Layer by layer: on a CPU all of them may take longer than a worker may stand still."""
+    engine = start(batch_size=4, max_new_tokens=NEW, prefix_sharing="off")
+    assert isinstance(engine, TransformersEngine)
+    seen: list[int] = []
+    count = engine._count
+
+    def counted(num_tokens: int) -> None:
+        count(num_tokens)
+        seen.append(num_tokens)
+
+    engine._count = counted  # type: ignore[method-assign]
+    found = completions(engine, [ask(number) for number in range(4)])
+    width = found[0].prompt_tokens
+    layers = len(engine._model.get_decoder().layers)
+    assert seen[: layers + 1] == [4 * width // layers] * layers + [4]
+
+
+def test_workers_that_share_a_gpu_keep_to_their_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    parts: dict[int, float] = {}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (60 << 30, 80 << 30))
+    monkeypatch.setattr(
+        torch.cuda,
+        "set_per_process_memory_fraction",
+        lambda fraction, device: parts.update({device: fraction}),
+    )
+    spec = EngineSpec(
+        model_dir=None,
+        sampling=SamplingParams(max_new_tokens=8),
+        prompts=PromptSettings(system_prompt=""),
+        num_gpus=1,
+    )
+    assert checkpoint._devices(spec) == ({"": 0}, [])
+    assert not parts, "alone on it"
+    checkpoint._devices(dataclasses.replace(spec, gpu_memory_bytes=20 << 30))
+    assert parts == {0: (20 * 1024 - 512) / (80 * 1024)}
+
+
+def test_a_batch_of_prompts_a_gpu_reads_in_a_minute(
+    start: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pretended_gpu(monkeypatch):
+        engine = start(num_gpus=1, prefix_sharing="off", max_new_tokens=NEW)
+        assert isinstance(engine, TransformersEngine)
+        loop = engine._loop
+        assert isinstance(loop, BatchedLoop)
+        requests = [ask(number) for number in range(9)]
+        width = len(prompt_ids(engine, requests[0])) + NEW
+        parameters = engine._model.num_parameters()
+        monkeypatch.setattr(loop, "_most_tokens", 4 * width)
+        sizes: list[int] = []
+        generate = loop._generate
+
+        def noted(batch: Sequence[Prepared]) -> Any:
+            sizes.append(len(batch))
+            return generate(batch)
+
+        monkeypatch.setattr(loop, "_generate", noted)
+        completions(engine, requests)
+        assert max(sizes) == 4
+        fresh = BatchedLoop(loop._spec, engine._model, loop._tokenizer, (), print)
+        assert fresh._most_tokens == PREFILL_OPERATIONS / (2 * parameters)
 
 
 # ---- loading ----------------------------------------------------------------------------------

@@ -14,7 +14,8 @@ import gc
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -32,6 +33,10 @@ BUFFERED_BATCHES = 4
 """Requests held back to be sorted by length; more would sort better and answer later."""
 OLDEST_EVERY = 4
 """Each so many batches one is built around the request that waited longest, so none starves."""
+PREFILL_OPERATIONS = 2e16
+"""Most that the prompts of a batch may cost a GPU, unless --batch_size says otherwise: a minute or
+two on one that holds the model. Until they are read, nobody can tell a slow batch from one that
+hangs."""
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
 # After these the CUDA context is gone: every later call fails too.
 _FATAL = ("CUDA error", "device-side assert", "illegal memory access", "launch failure", "NCCL")
@@ -48,6 +53,7 @@ class BatchedLoop:
         stops: tuple[str, ...],
         on_tokens: Callable[[int], None],
     ) -> None:
+        """`on_tokens`: called with how many were generated, or read."""
         self._spec = spec
         self._model = model
         self._tokenizer = tokenizer
@@ -59,6 +65,11 @@ class BatchedLoop:
         self._aborted: set[RequestKey] = set()
         self._num_batches = 0
         self._ladder = OomLadder()
+        lists = (module for module in model.modules() if isinstance(module, torch.nn.ModuleList))
+        self._layers = list(next(lists, ()))
+        self._most_tokens = math.inf
+        if spec.num_gpus and not spec.batch_size:
+            self._most_tokens = PREFILL_OPERATIONS / (2 * model.num_parameters())
 
     @property
     def has_work(self) -> bool:
@@ -102,7 +113,8 @@ class BatchedLoop:
             start = max(0, min(oldest, len(ordered) - self.batch_size))
         self._num_batches += 1
         width = _length(ordered[start]) + self._spec.sampling.max_new_tokens
-        batch = ordered[start : start + self._ladder.fit(width, self.batch_size)]
+        most = max(1, int(min(self.batch_size, self._most_tokens // width)))
+        batch = ordered[start : start + self._ladder.fit(width, most)]
         taken = {prepared.key for prepared in batch}
         self._waiting = [prepared for prepared in self._waiting if prepared.key not in taken]
         return batch
@@ -187,7 +199,7 @@ class BatchedLoop:
             aborted=self._aborted.__contains__,
             on_tokens=self._on_tokens,
         )
-        with torch.inference_mode():
+        with torch.inference_mode(), self._told_of_reading():
             self._model.generate(
                 input_ids=torch.tensor(padded, device=self._model.device),
                 attention_mask=torch.tensor(mask, device=self._model.device),
@@ -205,6 +217,23 @@ class BatchedLoop:
             for row in rows
             if not row.aborted
         ]
+
+    @contextmanager
+    def _told_of_reading(self) -> Iterator[None]:
+        """Each layer that has read the prompts is progress: on a CPU all of them can take longer
+        than a worker may stand still."""
+
+        def told(layer: Any, args: tuple[Any, ...], output: Any) -> None:
+            states = args[0] if args else None
+            if isinstance(states, torch.Tensor) and states.dim() == 3 and states.shape[1] > 1:
+                self._on_tokens(max(1, states.shape[0] * states.shape[1] // len(self._layers)))
+
+        hooks = [layer.register_forward_hook(told) for layer in self._layers]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
 
 
 def _length(prepared: Prepared) -> int:

@@ -24,6 +24,8 @@ from ragfleet.model_files import check_weights, read_json
 log = logging.getLogger(__name__)
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+CONTEXT_BYTES = 512 << 20
+"""Of a CUDA process, for its context and kernels; some 300 to 500 MB."""
 # Keys of generation_config.json that are not ways to choose tokens.
 _NOT_SAMPLING = ("transformers_version", "_from_model_config", "do_sample", "use_cache")
 
@@ -85,12 +87,24 @@ def _devices(spec: EngineSpec) -> tuple[Any, list[str]]:
         from ragfleet.gpus import discover_gpus, explain_torch_blind
 
         raise explain_torch_blind(discover_gpus(), torch.__version__, torch.version.cuda)
+    if spec.gpu_memory_bytes is not None:
+        _keep_to(spec.gpu_memory_bytes)
     if spec.num_gpus == 1:
         return {"": 0}, []
     return "auto", [
         f"the layers are spread over {spec.num_gpus} GPUs and run one after another: more GPUs hold"
         " a larger model, they do not answer faster"
     ]
+
+
+def _keep_to(part_bytes: int) -> None:
+    """Of each GPU that workers share. Else one that comes first takes what the others need, and
+    their requests fail for want of memory; so they get smaller batches."""
+    for device in range(torch.cuda.device_count()):
+        _, total = torch.cuda.mem_get_info(device)
+        # What CUDA takes for the process itself is not counted by torch.
+        share = (part_bytes - CONTEXT_BYTES) / total
+        torch.cuda.set_per_process_memory_fraction(min(1.0, max(0.0, share)), device)
 
 
 def _load_config(model_dir: Path, trust_remote_code: bool) -> Any:

@@ -196,7 +196,7 @@ class Engine(Protocol):
         ...
 
     def progress(self) -> int:
-        """Tokens (or calls) done since start; liveness is judged by it."""
+        """Tokens read and generated (or calls done) since start; liveness is judged by it."""
         ...
 
     def abort(self, key: RequestKey) -> None:

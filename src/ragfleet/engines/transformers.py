@@ -160,7 +160,7 @@ class TransformersEngine:
         return self._started().step(timeout_s)
 
     def progress(self) -> int:
-        """Tokens generated since start."""
+        """Tokens read and generated since start."""
         return self._progress
 
     def abort(self, key: RequestKey) -> None:

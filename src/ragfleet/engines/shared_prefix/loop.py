@@ -174,6 +174,7 @@ class SharedPrefixLoop:
         """One forward; slots, and a token for each."""
         tensors = self._way.make_pass(scheduled, self._last_tokens, self._cache, None)
         logits = self._forward(tensors)
+        self._on_tokens(sum(len(run.token_ids) for run in scheduled.runs))
         if not tensors.slots:
             return [], []
         tokens = self._chooser.choose(logits, self._rows_of(tensors.slots)).tolist()

@@ -74,6 +74,8 @@ class PretendedGpu(TorchFunctionMode):
         full = str(resolve_name(func) or getattr(func, "__name__", func))
         if full in _TOLD and _is_here(args[0]):
             return _TOLD[full]
+        if func is torch.device:
+            return func(*args, **kwargs)
         name = full.rsplit(".", 1)[1] if "." in full else full
         tensors = [one for one in tree_leaves((args, kwargs)) if torch.is_tensor(one)]
         here = [one for one in tensors if _is_here(one)]

@@ -107,6 +107,7 @@ def test_options_that_are() -> None:
         ("auto", True, installed(), "vllm", "vLLM 0.32.0; it is installed and there is a GPU"),
         ("auto", True, None, "transformers", "not installed"),
         ("auto", True, installed("0.9.2"), "transformers", "vLLM 0.9.2 is too old"),
+        ("auto", True, installed("0.24.0"), "vllm", "vLLM 0.24.0"),
         ("auto", True, installed(is_cpu_build=True), "transformers", "is a build for the CPU"),
         ("auto", False, installed(), "transformers", "taken where there is a GPU"),
         ("auto", False, None, "transformers", None),
@@ -128,7 +129,8 @@ def test_which_engine(
     ("asked", "on_gpu", "found", "options", "error", "message"),
     [
         ("vllm", True, None, {}, ConfigError, "which is not installed: pip install"),
-        ("vllm", True, installed("0.9.2"), {}, ConfigError, "0.15 or newer is needed"),
+        ("vllm", True, installed("0.9.2"), {}, ConfigError, "0.24 or newer is needed"),
+        ("vllm", True, installed("0.23.0"), {}, ConfigError, "vLLM 0.23.0 is too old"),
         ("vllm", True, installed(is_cpu_build=True), {}, DeviceError, "install the one for GPUs"),
         (
             "auto",

@@ -33,6 +33,7 @@ from ragfleet.engines.protocol import (
     Request,
     RequestKey,
 )
+from ragfleet.engines.vllm_memory import settled_gpus
 from ragfleet.engines.vllm_options import checked_version
 from ragfleet.engines.vllm_settings import (
     LEAST_TEMPERATURE,
@@ -113,7 +114,8 @@ class VllmEngine:
         client_error = getattr(exceptions, "VLLMClientError", ValueError)
         self._refusals = (ValueError, TypeError, client_error)
         check_device(spec, installed)
-        arguments, more_notes = engine_arguments(spec, needs_tokenizer=bool(self._stops))
+        gpus = settled_gpus(spec.gpu_memory_bytes) if spec.num_gpus else ()
+        arguments, more_notes = engine_arguments(spec, needs_tokenizer=bool(self._stops), gpus=gpus)
         self._sampling_params(None)  # for its errors, before the model is loaded
         self._guard = GroupGuard()
         if not spec.num_gpus and (why_not := keep_freed_memory()) is not None:

@@ -121,6 +121,13 @@ def test_without_nvml_as_many_gpus_as_heads_allow_and_vllms_own_memory(tmp_path:
     assert "gpu_memory_utilization" not in arguments
 
 
+def test_what_reads_images_stays_away(tmp_path: Path) -> None:
+    """vLLM refuses `skip_tokenizer_init` for it."""
+    arguments, _ = arguments_for(spec(model(tmp_path, 1)))
+    assert arguments["skip_tokenizer_init"]
+    assert arguments["language_model_only"]
+
+
 # ---- memory
 
 

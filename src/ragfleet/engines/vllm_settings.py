@@ -69,6 +69,8 @@ def engine_arguments(
         # -1: the model's own limit, or less where the KV cache is too small for it.
         "max_model_len": spec.max_model_len or -1,
         "skip_tokenizer_init": not needs_tokenizer,
+        # Nothing but text is sent. What reads images takes memory, and vLLM's own tokenizer.
+        "language_model_only": True,
         "generation_config": "vllm",  # nothing from generation_config.json
         # vLLM's default is 0 in every process: unseeded draws of two workers would be the same.
         "seed": random.SystemRandom().randrange(2**31),

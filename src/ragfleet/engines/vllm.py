@@ -18,7 +18,7 @@ import math
 import os
 import time
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any
 
 from ragfleet.engines.answers import cut_at_stop, split_reasoning
 from ragfleet.engines.group_guard import GroupGuard
@@ -43,15 +43,13 @@ from ragfleet.engines.vllm_settings import (
     request_sampling,
 )
 from ragfleet.engines.vllm_start import Started, check_device, import_vllm, reason, start_vllm
+from ragfleet.engines.vllm_window import Window, cache_tokens
 from ragfleet.errors import ConfigError, EngineDead, ModelError
 from ragfleet.model_files import model_limit
 from ragfleet.prompts import PLAIN_STOP
 from ragfleet.tokens import PromptTokenizer, load_tokenizer, prepare_prompt
 
 log = logging.getLogger(__name__)
-
-MAX_WINDOW: Final = 2048
-"""As many as the worker's journal holds; more in flight is more to repeat after a death."""
 
 
 @dataclass(slots=True)
@@ -77,7 +75,7 @@ class VllmEngine:
         """Seeded draws are made in `vllm_draws`."""
         self._max_model_len: int | None = None
         self._vocab_size = 0
-        self._window = 1
+        self._window = Window(1, None, 1)
         self._running: dict[str, _Running] = {}
         """By vLLM's request id, in order of arrival."""
         self._ids: dict[RequestKey, str] = {}
@@ -139,24 +137,33 @@ class VllmEngine:
                 f" what the KV cache holds; the model would take {limit}"
             )
         self._vocab_size = model.get_vocab_size()
-        num_seqs = scheduler.max_num_seqs
-        self._window = min(MAX_WINDOW, num_seqs + max(16, num_seqs // 2))
+        cache = self._llm.vllm_config.cache_config
+        self._window = Window(
+            scheduler.max_num_seqs,
+            cache_tokens(cache),
+            spec.sampling.max_new_tokens,
+            self._max_model_len,
+        )
         return EngineInfo(
             name=f"vLLM {installed}, {model.architectures[0]},"
-            f" {str(model.dtype).removeprefix('torch.')}, {self._device_name(arguments)}",
+            f" {str(model.dtype).removeprefix('torch.')}, {self._device_name()}",
             max_model_len=self._max_model_len,
-            batch_size=num_seqs,
-            notes=(*notes, *more_notes, *cache_notes(self._llm.vllm_config.cache_config)),
+            batch_size=self._window.at_a_time,
+            notes=(*notes, *more_notes, *cache_notes(cache)),
         )
 
-    def _device_name(self, arguments: dict[str, Any]) -> str:
+    def _device_name(self) -> str:
         if not self._spec.num_gpus:
             return "cpu"
-        size = arguments["tensor_parallel_size"]
         from vllm.platforms import current_platform
 
         name = str(current_platform.get_device_name(0))
-        return name if size == 1 else f"{size} x {name}, tensor parallel"
+        parallel = self._llm.vllm_config.parallel_config
+        size = parallel.tensor_parallel_size * parallel.pipeline_parallel_size
+        if size == 1:
+            return name
+        both = " and pipeline" if parallel.pipeline_parallel_size > 1 else ""
+        return f"{size} x {name}, tensor{both} parallel"
 
     # ---- requests
 
@@ -175,7 +182,7 @@ class VllmEngine:
         return prepared
 
     def has_room(self, prepared: Prepared) -> bool:
-        return len(self._running) < self._window
+        return len(self._running) < self._window.size
 
     def submit(self, prepared: Prepared) -> None:
         self._num_submitted += 1
@@ -270,7 +277,9 @@ class VllmEngine:
         num_tokens = len(token_ids)
         self._count(num_tokens)
         self.num_prompt_tokens += len(prepared.token_ids)
-        self.num_cached_tokens += output.num_cached_tokens or 0
+        num_cached = output.num_cached_tokens or 0
+        self.num_cached_tokens += num_cached
+        self._window.answered(len(prepared.token_ids), num_cached, num_tokens)
         if answer.finish_reason not in ("stop", "length"):
             return Failure(
                 key=prepared.key,

@@ -19,6 +19,7 @@ from ragfleet.engines.vllm_memory import (
     shared_cache_bytes,
     utilisation,
 )
+from ragfleet.engines.vllm_window import cache_tokens
 from ragfleet.errors import ConfigError
 from ragfleet.gpus import Gpu
 from ragfleet.model_files import read_json
@@ -127,10 +128,10 @@ def request_sampling(
 
 def cache_notes(cache: Any) -> list[str]:
     """For the log, of vLLM's CacheConfig after the start."""
-    blocks, size = getattr(cache, "num_gpu_blocks", None), getattr(cache, "block_size", None)
-    if not blocks or not size:
+    tokens = cache_tokens(cache)
+    if tokens is None:
         return []
-    notes = [f"KV cache: {blocks * size:,} tokens"]
+    notes = [f"KV cache: {tokens:,} tokens"]
     if not cache.enable_prefix_caching:
         notes.append("the prefix cache is off: each prompt is prefilled in full")
     return notes

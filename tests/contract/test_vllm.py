@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import random
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,9 +25,11 @@ from ragfleet.engines.protocol import (
     SamplingParams,
 )
 from ragfleet.engines.vllm_options import find_vllm, option_names
-from ragfleet.errors import ConfigError, EngineDead, ModelError
+from ragfleet.errors import ConfigError, DeviceError, EngineDead, ModelError
 
 pytestmark = NEEDS_VLLM
+OWN_PROCESS = os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING") == "1"
+"""vLLM's engine is another process, as on a GPU. `make test-vllm` has those so marked run again."""
 NUM, NEW = 24, 12
 DRAWN: dict[str, Any] = {"temperature": 0.3, "top_p": 0.9}
 """Some ten tokens to draw from. At 0.9 they are 400, and rounding moves some out of the nucleus."""
@@ -74,7 +79,13 @@ def expected(vllm_model: Path) -> list[list[int]]:
 # ---- tokens
 
 
-@pytest.mark.parametrize("options", [{}, {"max_num_batched_tokens": 256, "max_num_seqs": 4}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param({}, marks=pytest.mark.own_process),
+        {"max_num_batched_tokens": 256, "max_num_seqs": 4},
+    ],
+)
 def test_greedy_tokens_are_those_of_batch_size_1(
     start: Make, expected: list[list[int]], options: dict[str, Any]
 ) -> None:
@@ -204,6 +215,7 @@ def test_tokens_without_an_embedding_are_refused(
     assert isinstance(outcomes[ask(2).key], Completion)
 
 
+@pytest.mark.own_process
 def test_one_refused_request_leaves_its_neighbours_alone(
     start: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -243,8 +255,33 @@ def test_an_error_in_a_step_ends_the_engine(start: Make, monkeypatch: pytest.Mon
         engine.step(1.0)
 
 
+@pytest.mark.skipif(not OWN_PROCESS, reason="VLLM_ENABLE_V1_MULTIPROCESSING is not 1 here")
+@pytest.mark.own_process
+def test_the_death_of_its_process_ends_the_engine(start: Make) -> None:
+    engine = start("vllm", max_new_tokens=4000, engine_options={})
+    for number in range(4):
+        prepared = engine.prepare(ask(number))
+        assert isinstance(prepared, Prepared)
+        engine.submit(prepared)
+    assert engine.step(0.2) == []
+    (process,) = multiprocessing.active_children()
+    process.kill()
+    killed_s = time.monotonic()
+    with pytest.raises(EngineDead, match=r"EngineCore \(pid \d+\) was killed by SIGKILL"):
+        step_without_answers(engine)
+    assert time.monotonic() - killed_s < 10
+    with pytest.raises(EngineDead):
+        engine.submit(prepared)
+
+
+def step_without_answers(engine: Engine) -> None:
+    while True:
+        assert engine.step(1.0) == []
+
+
+@pytest.mark.own_process
 def test_what_vllm_cannot_load_is_one_line(start: Make, vllm_model: Path, tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match=r"cannot start with it: .*cache blocks"):
+    with pytest.raises(DeviceError, match=r"cannot start with it: .*cache blocks"):
         start("vllm", engine_options={"kv_cache_memory_bytes": 1}, max_model_len=8192)
     model = changed_copy(
         vllm_model,

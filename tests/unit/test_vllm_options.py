@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from ragfleet import RunConfig
-from ragfleet.engines import vllm_settings
-from ragfleet.engines.protocol import EngineSpec, PromptSettings, SamplingParams
 from ragfleet.engines.vllm_options import (
     InstalledVllm,
     answers_depend_on,
@@ -22,7 +17,6 @@ from ragfleet.engines.vllm_options import (
     option_names,
 )
 from ragfleet.errors import ConfigError, DeviceError
-from ragfleet.gpus import GIB, GpuInventory, fake_inventory
 from ragfleet.preparation import options_part
 
 NAMES = frozenset({"max_num_seqs", "max_num_batched_tokens", "quantization", "load_format"})
@@ -107,6 +101,7 @@ def test_options_that_are() -> None:
         ("auto", True, installed(), "vllm", "vLLM 0.32.0; it is installed and there is a GPU"),
         ("auto", True, None, "transformers", "not installed"),
         ("auto", True, installed("0.9.2"), "transformers", "vLLM 0.9.2 is too old"),
+        ("auto", True, installed("0.24.0"), "vllm", "vLLM 0.24.0"),
         ("auto", True, installed(is_cpu_build=True), "transformers", "is a build for the CPU"),
         ("auto", False, installed(), "transformers", "taken where there is a GPU"),
         ("auto", False, None, "transformers", None),
@@ -128,7 +123,8 @@ def test_which_engine(
     ("asked", "on_gpu", "found", "options", "error", "message"),
     [
         ("vllm", True, None, {}, ConfigError, "which is not installed: pip install"),
-        ("vllm", True, installed("0.9.2"), {}, ConfigError, "0.15 or newer is needed"),
+        ("vllm", True, installed("0.9.2"), {}, ConfigError, "0.24 or newer is needed"),
+        ("vllm", True, installed("0.23.0"), {}, ConfigError, "vLLM 0.23.0 is too old"),
         ("vllm", True, installed(is_cpu_build=True), {}, DeviceError, "install the one for GPUs"),
         (
             "auto",
@@ -176,142 +172,3 @@ def test_only_options_that_answers_depend_on_belong_to_a_runs_identity(tmp_path:
     }
     with pytest.raises(ConfigError, match="are for --engine vllm"):
         config.replace(engine="transformers", engine_options=options)
-
-
-# ---- what it is started with
-
-
-def spec(model_dir: Path, **changes: Any) -> EngineSpec:
-    return EngineSpec(
-        model_dir=model_dir,
-        sampling=SamplingParams(max_new_tokens=8),
-        prompts=PromptSettings(system_prompt=""),
-        **changes,
-    )
-
-
-def model(folder: Path, weights_gib: int, heads: int = 32, kv_heads: int = 8) -> Path:
-    config = {"num_attention_heads": heads, "num_key_value_heads": kv_heads}
-    (folder / "config.json").write_text(json.dumps({**config, "intermediate_size": 18944}))
-    with (folder / "model.safetensors").open("wb") as file:
-        file.truncate(weights_gib * GIB)  # a hole: takes no space
-    return folder
-
-
-@pytest.mark.parametrize(
-    ("weights_gib", "heads", "num_gpus", "size", "note"),
-    [
-        (16, 32, 8, 1, "more workers are faster than more GPUs"),
-        (16, 32, 1, 1, None),
-        (140, 32, 4, 4, None),
-        (140, 32, 8, 4, "the others stay untouched"),
-        (140, 28, 3, 2, "heads don't split 3 ways"),  # the most that it can be split
-    ],
-)
-def test_the_fewest_gpus_that_hold_the_model(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    weights_gib: int,
-    heads: int,
-    num_gpus: int,
-    size: int,
-    note: str | None,
-) -> None:
-    monkeypatch.setattr(vllm_settings, "discover_gpus", lambda: fake_inventory(num_gpus))
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    folder = model(tmp_path, weights_gib, heads, kv_heads=4)
-    arguments, notes = vllm_settings.engine_arguments(
-        spec(folder, num_gpus=num_gpus), needs_tokenizer=False
-    )
-    assert arguments["tensor_parallel_size"] == size
-    assert (note or "") in " ".join(notes)
-    assert bool(notes) == (note is not None)
-
-
-def test_options_of_the_user_win(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vllm_settings, "discover_gpus", lambda: fake_inventory(4))
-    options = {"tensor_parallel_size": 4, "max_num_seqs": 7}
-    given = spec(model(tmp_path, 1), num_gpus=4, engine_options=options, batch_size=5)
-    arguments, notes = vllm_settings.engine_arguments(given, needs_tokenizer=True)
-    assert (arguments["tensor_parallel_size"], arguments["max_num_seqs"]) == (4, 7)
-    assert notes == []
-
-
-SAMPLING = SamplingParams(max_new_tokens=8, temperature=0.5, top_p=0.9)
-
-
-@pytest.mark.parametrize("draws_here", [False, True])
-def test_greedy_and_unseeded_requests_are_sampled_by_vllm(draws_here: bool) -> None:
-    greedy = SamplingParams(max_new_tokens=8)
-    sampled = vllm_settings.request_sampling(greedy, None, draws_here=draws_here)
-    assert sampled == {"temperature": 0.0, "top_p": 1.0}
-    sampled = vllm_settings.request_sampling(SAMPLING, None, draws_here=draws_here)
-    assert sampled == {"temperature": 0.5, "top_p": 0.9}
-
-
-def test_seeds_are_vllms_or_of_the_logits_processor() -> None:
-    large = 2**64 - 1
-    assert vllm_settings.request_sampling(SAMPLING, large, draws_here=False) == {
-        "temperature": 0.5,
-        "top_p": 0.9,
-        "seed": 2**63 - 1,
-    }
-    drawn = vllm_settings.request_sampling(SAMPLING, large, draws_here=True)
-    asked = {"seed": large, "sampling": {"temperature": 0.5, "top_p": 0.9}}
-    assert drawn == {"temperature": 0.0, "extra_args": {vllm_settings.DRAW: asked}}
-
-
-@pytest.mark.parametrize(
-    ("num_gpus", "temperature", "expected"), [(0, 0.5, True), (0, 0.0, False), (1, 0.5, False)]
-)
-def test_draws_are_made_here_on_the_cpu_only_and_never_when_greedy(
-    tmp_path: Path, num_gpus: int, temperature: float, expected: bool
-) -> None:
-    given = spec(tmp_path, num_gpus=num_gpus)
-    sampling = SamplingParams(max_new_tokens=8, temperature=temperature)
-    assert vllm_settings.samples_on_cpu(dataclasses.replace(given, sampling=sampling)) == expected
-
-
-@pytest.mark.parametrize("given", [None, ["theirs:Processor"]])
-def test_draws_come_after_the_users_logits_processors(given: list[str] | None) -> None:
-    config = SimpleNamespace(
-        speculative_config=None, model_config=SimpleNamespace(logits_processors=given)
-    )
-    assert vllm_settings.draw_here(config)
-    ours = "ragfleet.engines.vllm_draws:SeededDraws"
-    assert config.model_config.logits_processors == [*(given or []), ours]
-
-
-@pytest.mark.parametrize(
-    "other", [{"use_v2_model_runner": True}, {"speculative_config": {"method": "ngram"}}]
-)
-def test_draws_stay_vllms_where_it_takes_no_such_processor(other: dict[str, Any]) -> None:
-    model_config = SimpleNamespace(logits_processors=None)
-    config = SimpleNamespace(**{"speculative_config": None, "model_config": model_config, **other})
-    assert not vllm_settings.draw_here(config)
-    assert model_config.logits_processors is None
-
-
-def test_a_gpu_that_workers_share_gets_a_fixed_cache(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(vllm_settings, "discover_gpus", lambda: fake_inventory(1))
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    given = spec(model(tmp_path, 10), num_gpus=1, gpu_memory_bytes=40 * GIB)
-    arguments, _ = vllm_settings.engine_arguments(given, needs_tokenizer=False)
-    assert 25 * GIB < arguments["kv_cache_memory_bytes"] < 30 * GIB
-    assert arguments["gpu_memory_utilization"] == 0.45
-    whole = spec(tmp_path, num_gpus=1)
-    assert (
-        "kv_cache_memory_bytes"
-        not in vllm_settings.engine_arguments(whole, needs_tokenizer=False)[0]
-    )
-
-
-def test_without_nvml_as_many_gpus_as_heads_allow(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(vllm_settings, "discover_gpus", lambda: GpuInventory(reason="no driver"))
-    given = spec(model(tmp_path, 1), num_gpus=8)
-    arguments, _ = vllm_settings.engine_arguments(given, needs_tokenizer=False)
-    assert arguments["tensor_parallel_size"] == 8

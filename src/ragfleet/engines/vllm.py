@@ -18,8 +18,7 @@ import math
 import os
 import time
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 from ragfleet.engines.answers import cut_at_stop, split_reasoning
 from ragfleet.engines.group_guard import GroupGuard
@@ -34,25 +33,23 @@ from ragfleet.engines.protocol import (
     Request,
     RequestKey,
 )
-from ragfleet.engines.vllm_options import INSTALL, checked_version
+from ragfleet.engines.vllm_memory import settled_gpus
+from ragfleet.engines.vllm_options import checked_version
 from ragfleet.engines.vllm_settings import (
     LEAST_TEMPERATURE,
     cache_notes,
-    draw_here,
     engine_arguments,
     environment,
     request_sampling,
-    samples_on_cpu,
 )
-from ragfleet.errors import ConfigError, DeviceError, EngineDead, ModelError
+from ragfleet.engines.vllm_start import Started, check_device, import_vllm, reason, start_vllm
+from ragfleet.engines.vllm_window import Window, cache_tokens
+from ragfleet.errors import ConfigError, EngineDead, ModelError
 from ragfleet.model_files import model_limit
 from ragfleet.prompts import PLAIN_STOP
 from ragfleet.tokens import PromptTokenizer, load_tokenizer, prepare_prompt
 
 log = logging.getLogger(__name__)
-
-MAX_WINDOW: Final = 2048
-"""As many as the worker's journal holds; more in flight is more to repeat after a death."""
 
 
 @dataclass(slots=True)
@@ -66,6 +63,7 @@ class VllmEngine:
 
     def __init__(self, spec: EngineSpec) -> None:
         self._spec = spec
+        self._started: Started | None = None
         self._llm: Any = None
         self._vllm: Any = None
         self._refusals: tuple[type[Exception], ...] = (ValueError, TypeError)
@@ -77,7 +75,7 @@ class VllmEngine:
         """Seeded draws are made in `vllm_draws`."""
         self._max_model_len: int | None = None
         self._vocab_size = 0
-        self._window = 1
+        self._window = Window(1, None, 1)
         self._running: dict[str, _Running] = {}
         """By vLLM's request id, in order of arrival."""
         self._ids: dict[RequestKey, str] = {}
@@ -107,19 +105,22 @@ class VllmEngine:
         installed = checked_version(spec.engine_options)
         for name, value in environment(spec).items():
             os.environ.setdefault(name, value)
-        self._vllm = _import_vllm()
+        self._vllm = import_vllm()
         # Its validation errors were ValueErrors in earlier versions.
         from vllm import exceptions
 
         client_error = getattr(exceptions, "VLLMClientError", ValueError)
         self._refusals = (ValueError, TypeError, client_error)
-        self._check_device(installed)
-        arguments, more_notes = engine_arguments(spec, needs_tokenizer=bool(self._stops))
+        check_device(spec, installed)
+        gpus = settled_gpus(spec.gpu_memory_bytes) if spec.num_gpus else ()
+        arguments, more_notes = engine_arguments(spec, needs_tokenizer=bool(self._stops), gpus=gpus)
         self._sampling_params(None)  # for its errors, before the model is loaded
         self._guard = GroupGuard()
         if not spec.num_gpus and (why_not := keep_freed_memory()) is not None:
             notes.append(f"memory is mapped anew in every pass: {why_not}")
-        self._llm = self._load(spec.model_dir, arguments, installed)
+        self._started = start_vllm(spec, arguments, installed)
+        self._llm = self._started.llm
+        self._draws_here = self._started.draws_here
         if self._draws_here:
             notes.append(
                 "seeded requests draw as --engine transformers does: vLLM's own seeds fail on the"
@@ -136,73 +137,33 @@ class VllmEngine:
                 f" what the KV cache holds; the model would take {limit}"
             )
         self._vocab_size = model.get_vocab_size()
-        self._warm_up(spec.model_dir, installed)
-        num_seqs = scheduler.max_num_seqs
-        self._window = min(MAX_WINDOW, num_seqs + max(16, num_seqs // 2))
+        cache = self._llm.vllm_config.cache_config
+        self._window = Window(
+            scheduler.max_num_seqs,
+            cache_tokens(cache),
+            spec.sampling.max_new_tokens,
+            self._max_model_len,
+        )
         return EngineInfo(
             name=f"vLLM {installed}, {model.architectures[0]},"
-            f" {str(model.dtype).removeprefix('torch.')}, {self._device_name(arguments)}",
+            f" {str(model.dtype).removeprefix('torch.')}, {self._device_name()}",
             max_model_len=self._max_model_len,
-            batch_size=num_seqs,
-            notes=(*notes, *more_notes, *cache_notes(self._llm.vllm_config.cache_config)),
+            batch_size=self._window.at_a_time,
+            notes=(*notes, *more_notes, *cache_notes(cache)),
         )
 
-    def _check_device(self, version: str) -> None:
-        from vllm.platforms import current_platform as platform
-
-        if self._spec.num_gpus and platform.is_cpu():
-            raise DeviceError(
-                f"vLLM {version} is a build for the CPU; install the one for GPUs (pip install"
-                " vllm), or run with --device cpu."
-            )
-        if self._spec.num_gpus and not platform.is_cuda_alike():
-            raise DeviceError(
-                f"vLLM {version} finds no GPU although the driver shows {self._spec.num_gpus}; see"
-                ' what `python -c "import torch; torch.cuda.init()"` says.'
-            )
-        if not self._spec.num_gpus and not platform.is_cpu():
-            raise DeviceError(
-                f"vLLM {version} is a build for GPUs and there is none to use; use --engine"
-                " transformers on the CPU (or a CPU build of vLLM)."
-            )
-
-    def _load(self, model_dir: Path, arguments: dict[str, Any], version: str) -> Any:
-        from vllm.usage.usage_lib import UsageContext
-
-        context = UsageContext.LLM_CLASS  # others' defaults batch for latency
-        engine = self._vllm.LLMEngine
-        try:
-            engine_args = self._vllm.EngineArgs(**arguments)
-            if not samples_on_cpu(self._spec):
-                return engine.from_engine_args(engine_args, usage_context=context)
-            config = engine_args.create_engine_config(context)
-            self._draws_here = draw_here(config)
-            return engine.from_vllm_config(config, usage_context=context, disable_log_stats=True)
-        except Exception as error:  # configurations, kernels, quantisers: each fails in its own way
-            raise ModelError(
-                f"{model_dir}: vLLM {version} cannot start with it: {_reason(error)}"
-            ) from error
-
-    def _warm_up(self, model_dir: Path, version: str) -> None:
-        # A model that cannot generate at all must say so now, and not kill worker after worker.
-        params = self._vllm.SamplingParams(max_tokens=1, temperature=0.0, detokenize=False)
-        try:
-            self._llm.add_request("warm-up", {"prompt_token_ids": [0]}, params)
-            while self._llm.has_unfinished_requests():
-                self._llm.step()
-        except Exception as error:  # attention backends refuse head sizes, kernels fail to build
-            raise ModelError(
-                f"{model_dir}: vLLM {version} loads it, but cannot generate: {_reason(error)}"
-            ) from error
-
-    def _device_name(self, arguments: dict[str, Any]) -> str:
+    def _device_name(self) -> str:
         if not self._spec.num_gpus:
             return "cpu"
-        size = arguments["tensor_parallel_size"]
         from vllm.platforms import current_platform
 
         name = str(current_platform.get_device_name(0))
-        return name if size == 1 else f"{size} x {name}, tensor parallel"
+        parallel = self._llm.vllm_config.parallel_config
+        size = parallel.tensor_parallel_size * parallel.pipeline_parallel_size
+        if size == 1:
+            return name
+        both = " and pipeline" if parallel.pipeline_parallel_size > 1 else ""
+        return f"{size} x {name}, tensor{both} parallel"
 
     # ---- requests
 
@@ -221,7 +182,7 @@ class VllmEngine:
         return prepared
 
     def has_room(self, prepared: Prepared) -> bool:
-        return len(self._running) < self._window
+        return len(self._running) < self._window.size
 
     def submit(self, prepared: Prepared) -> None:
         self._num_submitted += 1
@@ -237,12 +198,12 @@ class VllmEngine:
                 Failure(
                     key=prepared.key,
                     error_type="invalid_record",
-                    error=f"vLLM refuses it: {_reason(error)}",
+                    error=f"vLLM refuses it: {reason(error)}",
                 )
             )
             return
         except Exception as error:
-            raise EngineDead(f"vLLM takes no more requests: {_reason(error)}") from error
+            raise self._dead("vLLM takes no more requests", error) from error
         deadline_s = time.monotonic() + (self._spec.request_timeout_s or math.inf)
         self._running[name] = _Running(prepared, deadline_s)
         self._ids[prepared.key] = name
@@ -263,17 +224,20 @@ class VllmEngine:
                 output_kind=RequestOutputKind.FINAL_ONLY,
             )
         except self._refusals as error:
-            raise ConfigError(f"vLLM refuses these settings: {_reason(error)}") from error
+            raise ConfigError(f"vLLM refuses these settings: {reason(error)}") from error
 
     def step(self, timeout_s: float) -> list[Outcome]:
         """Engine steps until something is answered, or the time is up."""
+        assert self._started is not None, "start() comes first"
+        if self._started.watch.death is not None and not self._running:
+            raise EngineDead(f"vLLM cannot go on: {self._started.watch.death}")
         outcomes, self._refused = self._refused, []
         until_s = time.monotonic() + timeout_s
         while not outcomes and self._running:
             try:
                 outputs = self._llm.step()
             except Exception as error:  # after any error its state is unknown; vLLM ends it itself
-                raise EngineDead(f"vLLM failed while generating: {_reason(error)}") from error
+                raise self._dead("vLLM failed while generating", error) from error
             self._progress += 1
             self._ahead += 1
             outcomes += [self._outcome(output) for output in outputs if output.finished]
@@ -282,6 +246,10 @@ class VllmEngine:
             if now_s > until_s:
                 break
         return outcomes
+
+    def _dead(self, what: str, error: Exception) -> EngineDead:
+        assert self._started is not None, "start() comes first"
+        return EngineDead(f"{what}: {self._started.cause(error)}")
 
     def _timed_out(self, now_s: float) -> list[Outcome]:
         late: list[Outcome] = []
@@ -309,7 +277,9 @@ class VllmEngine:
         num_tokens = len(token_ids)
         self._count(num_tokens)
         self.num_prompt_tokens += len(prepared.token_ids)
-        self.num_cached_tokens += output.num_cached_tokens or 0
+        num_cached = output.num_cached_tokens or 0
+        self.num_cached_tokens += num_cached
+        self._window.answered(len(prepared.token_ids), num_cached, num_tokens)
         if answer.finish_reason not in ("stop", "length"):
             return Failure(
                 key=prepared.key,
@@ -348,21 +318,23 @@ class VllmEngine:
         name = self._ids.pop(key, None)
         if name is not None:
             del self._running[name]
-            self._llm.abort_request([name])
+            try:
+                self._llm.abort_request([name])
+            except Exception as error:
+                raise self._dead("vLLM gives no request up", error) from error
 
     def close(self) -> None:
         self._refused.clear()
         self._running.clear()
         self._ids.clear()
-        if self._llm is not None:
+        if self._started is not None:
             log.info(
                 "%s of %s prompt tokens came out of the prefix cache",
                 f"{self.num_cached_tokens:,}",
                 f"{self.num_prompt_tokens:,}",
             )
-            llm, self._llm = self._llm, None
-            llm.engine_core.shutdown()
-            del llm
+            self._started.close()
+            self._started = self._llm = None
             gc.collect()
             # Else a second engine in this process finds the first one's groups.
             from vllm.distributed import cleanup_dist_env_and_memory
@@ -371,29 +343,3 @@ class VllmEngine:
         if self._guard is not None:
             self._guard.close()
             self._guard = None
-
-
-def _import_vllm() -> Any:
-    try:
-        import vllm
-
-        for name in ("EngineArgs", "LLMEngine", "SamplingParams"):
-            getattr(vllm, name)  # loaded at the first access
-    except Exception as error:  # ImportError, and whatever a mismatched torch raises
-        raise ConfigError(
-            f"vLLM is installed but cannot be imported ({_reason(error)}); it must match its torch:"
-            f" install it into an environment of its own ({INSTALL})."
-        ) from error
-    return vllm
-
-
-def _reason(error: BaseException) -> str:
-    """What an error says, in one line; pydantic's errors say it in parts."""
-    parts = getattr(error, "errors", None)
-    if callable(parts):
-        try:
-            return "; ".join(str(part["msg"]).removeprefix("Value error, ") for part in parts())
-        except (TypeError, KeyError):
-            pass
-    text = " ".join(str(error).split())
-    return text or type(error).__name__

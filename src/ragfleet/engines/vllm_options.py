@@ -19,8 +19,9 @@ from typing import Any, Final, Literal
 
 from ragfleet.errors import ConfigError, DeviceError
 
-OLDEST: Final = (0, 15)
-"""Since then `LLMEngine.add_request` and `step`, and a `max_model_len` of -1, are as used here."""
+OLDEST: Final = (0, 24)
+"""Before, vLLM calls int() on the entries of CUDA_VISIBLE_DEVICES, and workers get their GPUs by
+UUID (vllm#45026). A `max_model_len` of -1 is older."""
 INSTALL: Final = "pip install 'ragfleet[vllm]', or pip install vllm"
 
 # What ragfleet sets itself, and with which flag. With some of them answers would be wrong.

@@ -1,26 +1,32 @@
 """What vLLM is started with, its arguments and environment, and how each request is sampled.
 
-Owns the tensor-parallel size, the memory for the KV cache where GPUs are shared, and what has to
-differ on the CPU. Imports no vLLM.
+Owns the tensor-parallel size and what has to differ on the CPU and where GPUs are shared; how much
+of a GPU's memory vLLM may take is worked out in `vllm_memory`. Imports no vLLM.
 """
 
 from __future__ import annotations
 
 import os
 import random
+from collections.abc import Sequence
 from typing import Any, Final
 
 from ragfleet.allocation import tensor_parallel_size
 from ragfleet.engines.protocol import EngineSpec, SamplingParams
-from ragfleet.gpus import discover_gpus, visible_gpus
+from ragfleet.engines.vllm_memory import (
+    SHARED_SEQS,
+    SHARED_TOKENS,
+    shared_cache_bytes,
+    utilisation,
+)
+from ragfleet.engines.vllm_window import cache_tokens
+from ragfleet.errors import ConfigError
+from ragfleet.gpus import Gpu
 from ragfleet.model_files import read_json
 
 _DTYPES: Final = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
-_UTILISATION: Final = 0.9
-"""vLLM's own default share of a GPU's memory, or a little less."""
 _WEIGHTS_SHARE: Final = 0.75
-"""Most of that which weights may take: with a small KV cache few requests run together."""
-_ACTIVATION_BYTES: Final = 1 << 30
+"""Most of vLLM's memory that weights may take: with a small KV cache few requests run together."""
 _CPU_CACHE_SHARE: Final = 0.25
 _MAX_CPU_CACHE_BYTES: Final = 4 << 30
 """vLLM fills it with zeros at the start: a second per GiB."""
@@ -48,9 +54,13 @@ def environment(spec: EngineSpec) -> dict[str, str]:
 
 
 def engine_arguments(
-    spec: EngineSpec, *, needs_tokenizer: bool
+    spec: EngineSpec, *, needs_tokenizer: bool, gpus: Sequence[Gpu] = ()
 ) -> tuple[dict[str, Any], list[str]]:
-    """Keyword arguments of vLLM's EngineArgs, and notes for the log; `engine_options` go last."""
+    """Keyword arguments of vLLM's EngineArgs, and notes for the log; `engine_options` go last.
+
+    `gpus` are the worker's as they are now; empty where there are none or NVML can't say.
+    Raises ConfigError for a number of stages that they are not enough for.
+    """
     notes: list[str] = []
     arguments: dict[str, Any] = {
         "model": str(spec.model_dir),
@@ -60,6 +70,8 @@ def engine_arguments(
         # -1: the model's own limit, or less where the KV cache is too small for it.
         "max_model_len": spec.max_model_len or -1,
         "skip_tokenizer_init": not needs_tokenizer,
+        # Nothing but text is sent. What reads images takes memory, and vLLM's own tokenizer.
+        "language_model_only": True,
         "generation_config": "vllm",  # nothing from generation_config.json
         # vLLM's default is 0 in every process: unseeded draws of two workers would be the same.
         "seed": random.SystemRandom().randrange(2**31),
@@ -70,8 +82,10 @@ def engine_arguments(
         arguments["max_num_seqs"] = spec.batch_size
     if spec.num_gpus:
         if "tensor_parallel_size" not in spec.engine_options:
-            arguments["tensor_parallel_size"], note = _parallel_size(spec)
+            arguments["tensor_parallel_size"], note = _parallel_size(spec, gpus)
             notes += [note] if note else []
+        if gpus:
+            arguments["gpu_memory_utilization"] = utilisation(gpus, spec.gpu_memory_bytes)
         if spec.gpu_memory_bytes is not None:
             arguments |= _shared_gpu(spec, spec.gpu_memory_bytes)
     else:
@@ -114,47 +128,55 @@ def request_sampling(
 
 def cache_notes(cache: Any) -> list[str]:
     """For the log, of vLLM's CacheConfig after the start."""
-    blocks, size = getattr(cache, "num_gpu_blocks", None), getattr(cache, "block_size", None)
-    if not blocks or not size:
+    tokens = cache_tokens(cache)
+    if tokens is None:
         return []
-    notes = [f"KV cache: {blocks * size:,} tokens"]
+    notes = [f"KV cache: {tokens:,} tokens"]
     if not cache.enable_prefix_caching:
         notes.append("the prefix cache is off: each prompt is prefilled in full")
     return notes
 
 
-def _parallel_size(spec: EngineSpec) -> tuple[int, str | None]:
-    """The fewest GPUs that hold the model: each further one only adds communication."""
-    sizes = _valid_sizes(spec)
-    memory_bytes = _gpu_bytes()
-    if memory_bytes is None:
-        size = sizes[-1]
-    else:
-        room_bytes = _WEIGHTS_SHARE * _UTILISATION * memory_bytes
-        weights_bytes = _weights_bytes(spec)
-        size = next((size for size in sizes if weights_bytes / size <= room_bytes), sizes[-1])
-    if size == spec.num_gpus:
+def _parallel_size(spec: EngineSpec, gpus: Sequence[Gpu]) -> tuple[int, str | None]:
+    """The fewest GPUs that hold the model: each further one only adds communication.
+
+    Tensor parallel, in each of the `pipeline_parallel_size` stages that the user may ask for.
+    """
+    stages = spec.engine_options.get("pipeline_parallel_size", 1)
+    if not isinstance(stages, int) or stages < 1 or spec.num_gpus % stages:
+        raise ConfigError(
+            f"--engine_options: this worker's {spec.num_gpus} GPU(s) are not pipeline_parallel_size"
+            f" ({stages}) equal stages; choose another, or other --gpus_per_worker."
+        )
+    sizes = _valid_sizes(spec, spec.num_gpus // stages)
+    size = sizes[-1]
+    if gpus:
+        part = spec.engine_options.get("gpu_memory_utilization")
+        part = part if isinstance(part, int | float) else utilisation(gpus, spec.gpu_memory_bytes)
+        room_bytes = _WEIGHTS_SHARE * part * min(gpu.total_bytes for gpu in gpus)
+        weights_bytes = _weights_bytes(spec) / stages
+        size = next((size for size in sizes if weights_bytes / size <= room_bytes), size)
+    if stages * size == spec.num_gpus:
         return size, None
+    how = f"tensor parallel over {size}" if stages == 1 else f"{stages} stages of {size}"
+    how += f" of this worker's {spec.num_gpus} GPUs"
     return size, (
-        f"tensor parallel over {size} of this worker's {spec.num_gpus} GPUs, the others stay"
-        " untouched: the model fits, and more workers are faster than more GPUs for each"
+        f"{how}, the others stay untouched: the model fits, and more workers are faster than more"
+        " GPUs for each"
         if size < sizes[-1] or sizes[-1] == 1
-        else f"tensor parallel over {size} of this worker's {spec.num_gpus} GPUs: the model's heads"
-        f" don't split {spec.num_gpus} ways"
+        else f"{how}: the model's heads don't split {spec.num_gpus // stages} ways"
     )
 
 
-def _valid_sizes(spec: EngineSpec) -> list[int]:
+def _valid_sizes(spec: EngineSpec, most: int) -> list[int]:
     assert spec.model_dir is not None
     config = read_json(spec.model_dir / "config.json")
     config = config.get("text_config") or config
     heads = config.get("num_attention_heads")
     if not isinstance(heads, int):
-        return list(range(1, spec.num_gpus + 1))
+        return list(range(1, most + 1))
     shape = (heads, config.get("num_key_value_heads"), config.get("intermediate_size"))
-    return [
-        size for size in range(1, spec.num_gpus + 1) if tensor_parallel_size(size, *shape) == size
-    ]
+    return [size for size in range(1, most + 1) if tensor_parallel_size(size, *shape) == size]
 
 
 def _weights_bytes(spec: EngineSpec) -> int:
@@ -162,23 +184,16 @@ def _weights_bytes(spec: EngineSpec) -> int:
     return sum(path.stat().st_size for path in spec.model_dir.glob("*.safetensors"))
 
 
-def _gpu_bytes() -> int | None:
-    """Memory of the smallest GPU of this worker, which its CUDA_VISIBLE_DEVICES names."""
-    gpus = visible_gpus(discover_gpus(), os.environ.get("CUDA_VISIBLE_DEVICES")).gpus
-    return min((gpu.total_bytes for gpu in gpus if gpu.total_bytes), default=None)
-
-
 def _shared_gpu(spec: EngineSpec, share_bytes: int) -> dict[str, Any]:
-    """A fixed KV cache: vLLM's own measure fails when another worker allocates meanwhile."""
-    cache_bytes = share_bytes - _weights_bytes(spec) - _ACTIVATION_BYTES
-    total_bytes = _gpu_bytes()
-    if cache_bytes <= 0 or total_bytes is None:
-        return {}
-    # The share is of the whole GPU, and must be free when vLLM starts.
-    return {
-        "kv_cache_memory_bytes": int(0.9 * cache_bytes),
-        "gpu_memory_utilization": round(0.9 * share_bytes / total_bytes, 3),
-    }
+    arguments: dict[str, Any] = {}
+    if spec.batch_size is None:
+        arguments["max_num_seqs"] = SHARED_SEQS
+    if spec.engine_options.get("enable_chunked_prefill") is not False:
+        arguments["max_num_batched_tokens"] = SHARED_TOKENS  # else it must hold max_model_len
+    cache_bytes = shared_cache_bytes(share_bytes, _weights_bytes(spec))
+    if cache_bytes is not None:
+        arguments["kv_cache_memory_bytes"] = cache_bytes
+    return arguments
 
 
 def _cpu_cache_bytes(spec: EngineSpec) -> int:

@@ -1,6 +1,6 @@
 """Which worker of one machine gets which GPUs, and the environment that holds it to them.
 
-Owns the arithmetic of `num_workers`, `total_gpus` and `gpus_per_worker`, and `gpu_pick`. Pure: what
+Owns the arithmetic of `num_workers`, `total_gpus` and `gpus_per_worker`. Pure: what
 the machine is like comes in as a `GpuInventory` and numbers, what follows goes out as an
 `Allocation`. It knows nothing of processes, engines or ranks across machines: under torchrun it is
 called once a node, with LOCAL_WORLD_SIZE, *before* any worker of the node loads a model (afterwards
@@ -17,11 +17,8 @@ from dataclasses import dataclass
 
 from ragfleet.config import Device, GpuPick
 from ragfleet.errors import DeviceError
-from ragfleet.gpus import Gpu, GpuInventory, gib
-
-FREE_FRACTION = 0.9
-"""A GPU with this share of its memory free counts as free when the need is unknown: driver, ECC
-tables and a desktop's display take a few percent of an idle one."""
+from ragfleet.inventory import Gpu, GpuInventory, gib
+from ragfleet.picking import Need, gpus_each, usable_of
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -119,9 +116,9 @@ def allocate(
         asked = f" (--total_gpus {total_gpus} asks for GPUs)" if total_gpus else ""
         why = inventory.reason or "there is no GPU."
         return _on_cpu(num_workers, num_threads, f"Running on CPU{asked}: {why}")
-    need = _Need(num_workers, total_gpus, gpus_per_worker, needed_bytes, gpu_pick)
-    usable, notes = _usable(inventory, need)
-    each = _gpus_each(usable, num_workers, gpus_per_worker)
+    need = Need(num_workers, total_gpus, gpus_per_worker, needed_bytes, gpu_pick)
+    usable, notes = usable_of(inventory, need)
+    each = gpus_each(usable, num_workers, gpus_per_worker)
     if each * num_workers > len(usable):
         raise DeviceError("\n".join([_too_few(len(usable), num_workers, each, total_gpus), *notes]))
     if each == 0:
@@ -151,7 +148,7 @@ def usable_gpus(inventory: GpuInventory, *, total_gpus: int | None, gpu_pick: Gp
 
     Raises DeviceError where others hold all of them.
     """
-    return _usable(inventory, _Need(1, total_gpus, None, None, gpu_pick))[0]
+    return usable_of(inventory, Need(1, total_gpus, None, None, gpu_pick))[0]
 
 
 def worker_environment(allocation: WorkerAllocation) -> dict[str, str]:
@@ -219,85 +216,9 @@ def tensor_parallel_note(
     )
 
 
-@dataclass(frozen=True, slots=True)
-class _Need:
-    """What was asked for."""
-
-    num_workers: int
-    total_gpus: int | None
-    gpus_per_worker: int | None
-    needed_bytes: int | None
-    gpu_pick: GpuPick
-
-
 def _on_cpu(num_workers: int, num_threads: int, *notes: str) -> Allocation:
     workers = tuple(WorkerAllocation(worker=i, num_threads=num_threads) for i in range(num_workers))
     return Allocation(workers=workers, gpus_per_worker=0, notes=notes)
-
-
-def _gpus_each(usable: Sequence[Gpu], num_workers: int, asked: int | None) -> int:
-    """GPUs for each worker; 0 where there are fewer than workers."""
-    each = asked or len(usable) // num_workers
-    # MIG user guide, "CUDA device enumeration": a process can enumerate a single compute instance,
-    # and no whole GPU beside it.
-    return min(each, 1) if any(gpu.is_mig for gpu in usable[: each * num_workers]) else each
-
-
-def _usable(inventory: GpuInventory, need: _Need) -> tuple[list[Gpu], list[str]]:
-    """The GPUs to share out, at least one, and the lines about the others."""
-    kept, left_out = _pick(inventory.gpus, need)
-    notes = [*inventory.notes, *left_out]
-    if not kept:
-        raise DeviceError(
-            "\n".join(
-                [
-                    f"None of the {len(inventory.gpus)} visible GPU(s) has room. Wait for one, or"
-                    " take them as they are with --gpu_pick all, or run with --device cpu.",
-                    *notes,
-                ]
-            )
-        )
-    if need.total_gpus is not None and need.total_gpus > len(kept):
-        notes.append(
-            f"--total_gpus is {need.total_gpus}, but {len(kept)} can be used: using {len(kept)}."
-        )
-    return kept[: need.total_gpus], notes
-
-
-def _pick(gpus: Sequence[Gpu], need: _Need) -> tuple[list[Gpu], list[str]]:
-    """The GPUs with room, and a line for each of the others."""
-    kept = list(gpus)
-    if need.gpu_pick == "all":
-        return kept, []
-    while True:
-        # A GPU left out can make the shares of a worker fewer and so what each must hold more:
-        # again, until nothing changes.
-        each = max(1, _gpus_each(kept[: need.total_gpus], need.num_workers, need.gpus_per_worker))
-        least = None if need.needed_bytes is None else -(-need.needed_bytes // each)
-        free = [gpu for gpu in kept if _has_room(gpu, least)]
-        if len(free) == len(kept):
-            return kept, [_why_left_out(gpu, least) for gpu in gpus if gpu not in kept]
-        kept = free
-
-
-def _has_room(gpu: Gpu, least_bytes: int | None) -> bool:
-    if not gpu.total_bytes:
-        return not gpu.holders
-    return gpu.free_bytes >= (
-        gpu.total_bytes * FREE_FRACTION if least_bytes is None else least_bytes
-    )
-
-
-def _why_left_out(gpu: Gpu, least_bytes: int | None) -> str:
-    memory = (
-        f"{gib(gpu.free_bytes)} of {gib(gpu.total_bytes)} free" if gpu.total_bytes else "in use"
-    )
-    if least_bytes is not None and gpu.total_bytes:
-        memory += f", the model needs {gib(least_bytes)} on it"
-    if least_bytes is not None and gpu.total_bytes and least_bytes > gpu.total_bytes:
-        return f"GPU {gpu.label} ({gpu.name}) is too small: {memory} (more GPUs per worker help)."
-    holders = "; ".join(gpu.holders) or "processes that NVML does not show"
-    return f"GPU {gpu.label} ({gpu.name}) is left out: {memory}; held by {holders}."
 
 
 def _too_few(num_gpus: int, num_workers: int, each: int, total_gpus: int | None) -> str:
@@ -336,7 +257,7 @@ def _least_share(workers: Sequence[WorkerAllocation]) -> int | None:
     return min((share for share in shares if share is not None), default=None)
 
 
-def _sharing_note(usable: Sequence[Gpu], workers: Sequence[WorkerAllocation], need: _Need) -> str:
+def _sharing_note(usable: Sequence[Gpu], workers: Sequence[WorkerAllocation], need: Need) -> str:
     """The warning; DeviceError where the model cannot fit into the share."""
     least = _least_share(workers)
     needed = need.needed_bytes or 0

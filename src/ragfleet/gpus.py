@@ -1,9 +1,10 @@
 """GPUs: which there are, who holds them, which of them an outer setting lets us see.
 
-Owns discovery through NVML and the reading of CUDA_VISIBLE_DEVICES; `ragfleet.allocation` shares
-out what is found here. It must not import torch (the parent that calls it sets the workers'
-environment before any of them does) and knows nothing of workers, engines or files. Only
-`discover_gpus` touches the machine; all else is a function of its arguments.
+Owns discovery through NVML and the reading of CUDA_VISIBLE_DEVICES; what is found is an
+`inventory.GpuInventory`, and `ragfleet.allocation` shares it out. It must not import torch (the
+parent that calls it sets the workers' environment before any of them does) and knows nothing of
+workers, engines or files. Only `discover_gpus` touches the machine; all else is a function of its
+arguments.
 """
 
 from __future__ import annotations
@@ -12,62 +13,22 @@ import contextlib
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from ragfleet.errors import DeviceError
+from ragfleet.inventory import GIB, Gpu, GpuInventory, fake_inventory, gib
 
-GIB = 1 << 30
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Gpu:
-    """One device that a process can be given: a whole GPU, or one MIG instance of it."""
-
-    index: int
-    """nvidia-smi's number of the (physical) GPU."""
-    uuid: str
-    """`GPU-…`, or `MIG-…` for an instance."""
-    name: str
-    total_bytes: int
-    """0 where NVML cannot say, as on machines whose GPU shares the system's memory."""
-    free_bytes: int
-    holders: tuple[str, ...] = ()
-    """Processes on it: 'pid 1234 (python), 20.1 GiB'. Other containers' processes don't show."""
-    parent_uuid: str | None = None
-    """MIG only: the UUID of the physical GPU."""
-    mig_name: str | None = None
-    """MIG only: the older name, `MIG-GPU-<uuid>/<GPU instance>/<compute instance>`."""
-
-    @property
-    def is_mig(self) -> bool:
-        return self.parent_uuid is not None
-
-    @property
-    def label(self) -> str:
-        """Short, for tables: '3', or '0/MIG-1a2b3c4d'."""
-        return f"{self.index}/{self.uuid[:12]}" if self.is_mig else str(self.index)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class GpuInventory:
-    """GPUs in the order in which workers get them."""
-
-    gpus: tuple[Gpu, ...] = ()
-    driver: str | None = None
-    """Version of the NVIDIA driver, '550.54.15'."""
-    cuda_driver: str | None = None
-    """Newest CUDA the driver supports, '12.4'."""
-    reason: str | None = None
-    """Why `gpus` is empty."""
-    failed: bool = False
-    """Empty for a fault, not for want of a GPU: CPU must not be taken in silence."""
-    notes: tuple[str, ...] = ()
-    """Lines for the run's header: what was left out and why."""
-
-
-def gib(num_bytes: int) -> str:
-    return f"{num_bytes / GIB:.1f} GiB"
+__all__ = [
+    "GIB",
+    "Gpu",
+    "GpuInventory",
+    "discover_gpus",
+    "explain_torch_blind",
+    "fake_inventory",
+    "gib",
+    "visible_gpus",
+]
 
 
 def discover_gpus(nvml: Any = None) -> GpuInventory:
@@ -326,52 +287,3 @@ def explain_torch_blind(
 
 def _major(version: str) -> int:
     return int(version.split(".", maxsplit=1)[0])
-
-
-def fake_inventory(
-    count: int,
-    total_gib: float = 80,
-    *,
-    busy: Mapping[int, str] | None = None,
-    mig: Mapping[int, int] | None = None,
-) -> GpuInventory:
-    """A machine that isn't there, for tests and dry runs.
-
-    `busy` maps a GPU's index to its holder, 'pid 7 (python), 70 GiB': that much is not free (all of
-    it where no size is named). `mig` maps an index to the number of instances it is split into.
-    """
-    gpus: list[Gpu] = []
-    for index in range(count):
-        total_bytes = int(total_gib * GIB)
-        holder = (busy or {}).get(index)
-        size = re.search(r"([\d.]+) GiB", holder or "")
-        used_bytes = int(float(size[1]) * GIB) if size else total_bytes if holder else 0
-        whole = Gpu(
-            index=index,
-            uuid=f"GPU-{index:08x}-fa4e-4000-8000-{index:012x}",
-            name="Fake GPU",
-            total_bytes=total_bytes,
-            free_bytes=max(0, total_bytes - used_bytes),
-            holders=(holder,) if holder else (),
-        )
-        num_instances = (mig or {}).get(index)
-        if num_instances is None:
-            gpus.append(whole)
-            continue
-        for position in range(num_instances):
-            gpus.append(
-                replace(
-                    whole,
-                    uuid=f"MIG-{index:04x}{position:04x}-fa4e-4000-8000-{index:012x}",
-                    total_bytes=whole.total_bytes // num_instances,
-                    free_bytes=whole.free_bytes // num_instances,
-                    parent_uuid=whole.uuid,
-                    mig_name=f"MIG-{whole.uuid}/{position + 1}/0",
-                )
-            )
-    return GpuInventory(
-        gpus=tuple(gpus),
-        driver="550.54.15",
-        cuda_driver="12.4",
-        reason=None if gpus else "no NVIDIA driver (fake).",
-    )

@@ -12,12 +12,12 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Final
 
 from ragfleet.errors import DeviceError
-from ragfleet.inventory import GIB, Gpu, GpuInventory, fake_inventory, gib
+from ragfleet.inventory import GIB, ComputeMode, Gpu, GpuInventory, fake_inventory, gib
 
 __all__ = [
     "GIB",
@@ -29,6 +29,18 @@ __all__ = [
     "gib",
     "visible_gpus",
 ]
+
+
+_COMPUTE_MODES: Final[Mapping[int, ComputeMode]] = {
+    0: "default",
+    1: "exclusive",  # for each thread, which is long gone
+    2: "prohibited",
+    3: "exclusive",
+}
+_PROCESS_LISTINGS: Final = (
+    "nvmlDeviceGetComputeRunningProcesses",
+    "nvmlDeviceGetGraphicsRunningProcesses",
+)
 
 
 def discover_gpus(nvml: Any = None) -> GpuInventory:
@@ -72,46 +84,50 @@ def _broken(error: Exception) -> GpuInventory:
 
 
 def _read_inventory(nvml: Any) -> GpuInventory:
-    cuda_driver = _ask(nvml, None, nvml.nvmlSystemGetCudaDriverVersion_v2)
+    cuda_driver = _ask(nvml, None, "nvmlSystemGetCudaDriverVersion_v2")
     gpus: list[Gpu] = []
     notes: list[str] = []
+    skipped: set[int] = set()
     count = nvml.nvmlDeviceGetCount()
     for index in range(count):
         try:
             handle = nvml.nvmlDeviceGetHandleByIndex(index)
-            if _ask(nvml, (0, 0), nvml.nvmlDeviceGetMigMode, handle)[0] == 1:
+            if _ask(nvml, (0, 0), "nvmlDeviceGetMigMode", handle)[0] == 1:
                 instances = _read_mig_instances(nvml, handle, index)
                 if not instances:
                     notes.append(f"GPU {index} is left out: MIG mode is on and it has no instance.")
+                    skipped.add(index)
                 gpus += instances
             else:
                 gpus.append(_read_gpu(nvml, handle, index))
         except nvml.NVMLError as error:
             # One lost or forbidden GPU must not cost the others.
             notes.append(f"GPU {index} is left out: NVML says {error}.")
+            skipped.add(index)
     reason = None
     if not gpus:
         reason = " ".join(notes) if notes else "the NVIDIA driver lists no GPU."
     return GpuInventory(
         gpus=tuple(gpus),
-        driver=_ask(nvml, None, nvml.nvmlSystemGetDriverVersion),
+        driver=_ask(nvml, None, "nvmlSystemGetDriverVersion"),
         cuda_driver=f"{cuda_driver // 1000}.{cuda_driver % 1000 // 10}" if cuda_driver else None,
         reason=reason,
         failed=not gpus and count > 0,
         notes=tuple(notes) if gpus else (),
+        skipped=frozenset(skipped),
     )
 
 
 def _read_mig_instances(nvml: Any, parent: Any, index: int) -> list[Gpu]:
-    parent_uuid = nvml.nvmlDeviceGetUUID(parent)
+    parent_uuid = _text(nvml.nvmlDeviceGetUUID(parent))
     instances = []
-    for position in range(_ask(nvml, 0, nvml.nvmlDeviceGetMaxMigDeviceCount, parent)):
+    for position in range(_ask(nvml, 0, "nvmlDeviceGetMaxMigDeviceCount", parent)):
         try:
             handle = nvml.nvmlDeviceGetMigDeviceHandleByIndex(parent, position)
         except nvml.NVMLError:  # positions need not be filled
             continue
-        gpu_instance = _ask(nvml, None, nvml.nvmlDeviceGetGpuInstanceId, handle)
-        compute_instance = _ask(nvml, None, nvml.nvmlDeviceGetComputeInstanceId, handle)
+        gpu_instance = _ask(nvml, None, "nvmlDeviceGetGpuInstanceId", handle)
+        compute_instance = _ask(nvml, None, "nvmlDeviceGetComputeInstanceId", handle)
         instances.append(
             replace(
                 _read_gpu(nvml, handle, index),
@@ -128,41 +144,55 @@ def _read_gpu(nvml: Any, handle: Any, index: int) -> Gpu:
         total_bytes, free_bytes = int(memory.total), int(memory.free)
     except nvml.NVMLError_NotSupported:
         total_bytes = free_bytes = 0
+    holders, displays = _read_holders(nvml, handle)
+    mode = _ask(nvml, 0, "nvmlDeviceGetComputeMode", handle)
+    capability = _ask(nvml, None, "nvmlDeviceGetCudaComputeCapability", handle)
     return Gpu(
         index=index,
-        uuid=nvml.nvmlDeviceGetUUID(handle),
-        name=_ask(nvml, "NVIDIA GPU", nvml.nvmlDeviceGetName, handle),
+        uuid=_text(nvml.nvmlDeviceGetUUID(handle)),
+        name=_ask(nvml, "NVIDIA GPU", "nvmlDeviceGetName", handle),
         total_bytes=total_bytes,
         free_bytes=free_bytes,
-        holders=_read_holders(nvml, handle),
+        holders=holders,
+        displays=displays,
+        compute_mode=_COMPUTE_MODES.get(mode, "default"),
+        compute_capability=None if capability is None else tuple(capability),
     )
 
 
-def _read_holders(nvml: Any, handle: Any) -> tuple[str, ...]:
+def _read_holders(nvml: Any, handle: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """(all processes on it, those of them that only draw)."""
     used_bytes: dict[int, int] = {}
-    for listing in (
-        nvml.nvmlDeviceGetComputeRunningProcesses,
-        nvml.nvmlDeviceGetGraphicsRunningProcesses,
-    ):
+    computing: set[int] = set()
+    for listing in _PROCESS_LISTINGS:
         for process in _ask(nvml, (), listing, handle):
             # A process can be in both lists, with the same memory.
             known = used_bytes.get(process.pid, 0)
             used_bytes[process.pid] = max(known, process.usedGpuMemory or 0)
-    holders = []
+            if listing == _PROCESS_LISTINGS[0]:
+                computing.add(process.pid)
+    holders, displays = [], []
     for pid, used in sorted(used_bytes.items()):
         # The name can come with arguments; those are nobody's business (and may hold keys).
-        path = str(_ask(nvml, "", nvml.nvmlSystemGetProcessName, pid)).split(" ")[0]
+        path = str(_ask(nvml, "", "nvmlSystemGetProcessName", pid)).split(" ")[0]
         name = f" ({os.path.basename(path)})" if path else ""
         holders.append(f"pid {pid}{name}" + (f", {gib(used)}" if used else ""))
-    return tuple(holders)
+        if pid not in computing:
+            displays.append(holders[-1])
+    return tuple(holders), tuple(displays)
 
 
-def _ask(nvml: Any, default: Any, function: Callable[..., Any], *arguments: Any) -> Any:
+def _ask(nvml: Any, default: Any, name: str, *arguments: Any) -> Any:
     """A fact that can be done without: `default` where the GPU or the driver does not give it."""
     try:
-        return function(*arguments)
-    except (nvml.NVMLError, UnicodeDecodeError):  # process names need not be UTF-8
+        # Bindings differ in what they have, and older ones give bytes for text.
+        return _text(getattr(nvml, name)(*arguments))
+    except (nvml.NVMLError, AttributeError, UnicodeDecodeError):  # names need not be UTF-8
         return default
+
+
+def _text(value: Any) -> Any:
+    return value.decode("utf-8", "replace") if isinstance(value, bytes) else value
 
 
 def visible_gpus(inventory: GpuInventory, cuda_visible_devices: str | None) -> GpuInventory:
@@ -172,8 +202,9 @@ def visible_gpus(inventory: GpuInventory, cuda_visible_devices: str | None) -> G
     behaviour that torch.cuda's parser reproduces): None is no restriction; ordinals, UUIDs and MIG
     names don't mix, the first entry decides; UUIDs may be cut to any unique prefix; an entry that
     names nothing ends the list (so '' and '-1' hide all); a repeated entry hides all. The ordinal
-    or UUID of a GPU in MIG mode means its first instance. One thing differs: of several MIG names
-    CUDA shows a process only the first, but here they are shared out, one to a worker.
+    or UUID of a GPU in MIG mode means its first instance. Two things differ: of several MIG names
+    CUDA shows a process only the first, but here they are shared out, one to a worker; and the
+    ordinal of a GPU that is there and can't be opened (`skipped`) is passed over.
     """
     if cuda_visible_devices is None or not inventory.gpus:
         return inventory
@@ -185,6 +216,8 @@ def visible_gpus(inventory: GpuInventory, cuda_visible_devices: str | None) -> G
     table = _names_of(inventory.gpus, kind)
     chosen: list[Gpu] = []
     for name in names:
+        if kind == "ordinal" and int(name) in inventory.skipped:
+            continue
         gpu = _look_up(table, name, prefixes=kind != "ordinal")
         if gpu is None:
             stopper = name
@@ -192,9 +225,12 @@ def visible_gpus(inventory: GpuInventory, cuda_visible_devices: str | None) -> G
         chosen.append(gpu)
     repeated = len(set(names)) < len(names) or len({gpu.uuid for gpu in chosen}) < len(chosen)
     if repeated or not chosen:
-        why = (
-            "names a GPU twice" if repeated else f"starts with {stopper!r}, no GPU of this machine"
-        )
+        why = f"starts with {stopper!r}, no GPU of this machine"
+        if repeated:
+            why = "names a GPU twice"
+        elif stopper is None:
+            lost = " ".join(inventory.notes)
+            return replace(inventory, gpus=(), reason=f"{setting}: {lost}", failed=True)
         reason = f"{setting} {why}, and CUDA then shows none; correct or unset it."
         return replace(inventory, gpus=(), reason=reason, failed=True)
     notes = list(inventory.notes)

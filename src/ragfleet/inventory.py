@@ -9,8 +9,13 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Final, Literal
 
 GIB = 1 << 30
+ComputeMode = Literal["default", "exclusive", "prohibited"]
+"""nvidia-smi -c: any number of processes, one at a time, none."""
+_MPS: Final = "nvidia-cuda-mps-server"
+"""It computes for others, and shares an exclusive GPU among them."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,6 +32,13 @@ class Gpu:
     free_bytes: int
     holders: tuple[str, ...] = ()
     """Processes on it: 'pid 1234 (python), 20.1 GiB'. Other containers' processes don't show."""
+    displays: tuple[str, ...] = ()
+    """Those of `holders` that only draw, as a desktop does."""
+    reserved_by: str | None = None
+    """Another run of ragfleet that was given it; its memory need not show yet."""
+    compute_mode: ComputeMode = "default"
+    compute_capability: tuple[int, int] | None = None
+    """(9, 0) is Hopper; None where NVML does not say."""
     parent_uuid: str | None = None
     """MIG only: the UUID of the physical GPU."""
     mig_name: str | None = None
@@ -35,6 +47,13 @@ class Gpu:
     @property
     def is_mig(self) -> bool:
         return self.parent_uuid is not None
+
+    @property
+    def computing(self) -> tuple[str, ...]:
+        """Those of `holders` that compute on it themselves."""
+        return tuple(
+            holder for holder in self.holders if holder not in self.displays and _MPS not in holder
+        )
 
     @property
     def label(self) -> str:
@@ -57,6 +76,8 @@ class GpuInventory:
     """Empty for a fault, not for want of a GPU: CPU must not be taken in silence."""
     notes: tuple[str, ...] = ()
     """Lines for the run's header: what was left out and why."""
+    skipped: frozenset[int] = frozenset()
+    """nvidia-smi's numbers of GPUs that are listed and can't be opened."""
 
 
 def gib(num_bytes: int) -> str:

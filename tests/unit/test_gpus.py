@@ -430,6 +430,7 @@ class FakeHandle:
     graphics: Sequence[tuple[int, float | None]] = ()
     mig_mode: int | None = None
     instances: dict[int, FakeHandle] = field(default_factory=dict)
+    compute_mode: int = 0
 
 
 @dataclass
@@ -489,6 +490,12 @@ class FakeNvml:
     def nvmlDeviceGetComputeInstanceId(self, handle: FakeHandle) -> int:
         return 0
 
+    def nvmlDeviceGetComputeMode(self, handle: FakeHandle) -> int:
+        return handle.compute_mode
+
+    def nvmlDeviceGetCudaComputeCapability(self, handle: FakeHandle) -> list[int]:
+        return [8, 0]
+
     def nvmlDeviceGetUUID(self, handle: FakeHandle) -> str:
         return handle.uuid
 
@@ -537,11 +544,65 @@ def test_discovery() -> None:
     first, second = inventory.gpus
     assert (first.index, first.uuid, first.total_bytes) == (0, "GPU-aaaa", 80 * GIB)
     assert first.holders == ("pid 8 (Xorg), 0.1 GiB", "pid 1234 (python), 20.1 GiB")
+    assert first.displays == ("pid 8 (Xorg), 0.1 GiB",)
+    assert first.computing == ("pid 1234 (python), 20.1 GiB",)
+    assert (first.compute_mode, first.compute_capability) == ("default", (8, 0))
     assert (second.total_bytes, second.free_bytes) == (0, 0)
     assert second.holders == ("pid 99", "pid 666, 1.0 GiB")
     assert (inventory.driver, inventory.cuda_driver) == ("550.54.15", "12.4")
     assert (inventory.reason, inventory.failed, inventory.notes) == (None, False, ())
     assert nvml.shut_down == 1
+
+
+@pytest.mark.parametrize(
+    ("number", "mode"),
+    [(0, "default"), (1, "exclusive"), (2, "prohibited"), (3, "exclusive"), (9, "default")],
+)
+def test_discovery_of_the_compute_mode(number: int, mode: str) -> None:
+    (gpu,) = discover_gpus(FakeNvml(handles=[FakeHandle("GPU-a", compute_mode=number)])).gpus
+    assert gpu.compute_mode == mode
+
+
+def test_older_bindings_give_bytes_and_lack_calls() -> None:
+    class Older(FakeNvml):
+        def __getattribute__(self, name: str) -> Any:
+            if name in ("nvmlDeviceGetComputeMode", "nvmlDeviceGetCudaComputeCapability"):
+                raise AttributeError(name)
+            return super().__getattribute__(name)
+
+        def nvmlDeviceGetUUID(self, handle: FakeHandle) -> Any:
+            return handle.uuid.encode()
+
+        def nvmlDeviceGetName(self, handle: FakeHandle) -> Any:
+            return b"Tesla V100-SXM2"
+
+        def nvmlSystemGetDriverVersion(self) -> Any:
+            return b"470.82"
+
+        def nvmlSystemGetProcessName(self, pid: int) -> Any:
+            return b"/usr/bin/python\xff"
+
+    mig = FakeHandle("GPU-b", mig_mode=1, instances={0: FakeHandle("MIG-1")})
+    inventory = discover_gpus(Older(handles=[FakeHandle("GPU-a", compute=[(7, 1)]), mig]))
+    first, second = inventory.gpus
+    assert (first.uuid, first.name, inventory.driver) == ("GPU-a", "Tesla V100-SXM2", "470.82")
+    assert first.holders == ("pid 7 (python\ufffd), 1.0 GiB",)
+    assert (second.parent_uuid, second.mig_name) == ("GPU-b", "MIG-GPU-b/5/0")
+    assert (first.compute_mode, first.compute_capability) == ("default", None)
+
+
+def test_slurms_list_goes_on_after_a_lost_gpu() -> None:
+    handles = [FakeHandle(f"GPU-{number}") for number in range(4)]
+    nvml = FakeNvml(handles=[*handles[:1], NVMLErrorGpuIsLost("GPU is lost"), *handles[2:]])
+    inventory = discover_gpus(nvml)
+    assert inventory.skipped == {1}
+    visible = visible_gpus(inventory, "0,1,2,3")
+    assert [gpu.index for gpu in visible.gpus] == [0, 2, 3]
+    assert visible.notes == ("GPU 1 is left out: NVML says GPU is lost.",)
+    assert [gpu.index for gpu in visible_gpus(inventory, "0,9,2").gpus] == [0]
+    only = visible_gpus(inventory, "1")
+    assert (only.gpus, only.failed) == ((), True)
+    assert only.reason == "CUDA_VISIBLE_DEVICES='1': GPU 1 is left out: NVML says GPU is lost."
 
 
 def test_discovery_of_mig() -> None:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from ragfleet.config import Device, GpuPick
 from ragfleet.errors import DeviceError
 from ragfleet.inventory import Gpu, GpuInventory, gib
-from ragfleet.picking import Need, gpus_each, usable_of
+from ragfleet.picking import Need, beside_others, gpus_each, is_idle, usable_of
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,7 +30,7 @@ class WorkerAllocation:
     gpus: tuple[Gpu, ...] = ()
     """Empty: CPU."""
     num_threads: int = 1
-    """CPU threads: cores // workers."""
+    """CPU threads: cores // workers. Set on CPU only."""
     share: int = 1
     """Workers on each of these GPUs; above 1 they are shared."""
 
@@ -72,7 +72,7 @@ class Allocation:
                     " ".join(gpu.label for gpu in worker.gpus) or "CPU",
                     ("-" if memory is None else gib(memory))
                     + (f" (1/{worker.share})" if worker.share > 1 else ""),
-                    str(worker.num_threads),
+                    "-" if worker.gpus else str(worker.num_threads),
                 )
             )
         widths = [max(len(row[column]) for row in rows) for column in range(4)]
@@ -91,13 +91,14 @@ def allocate(
     gpus_per_worker: int | None = None,
     gpu_pick: GpuPick = "free",
     device: Device = "auto",
-    needed_bytes: int | None = None,
+    weights_bytes: int | None = None,
 ) -> Allocation:
     """Give worker i the usable GPUs [i·g, (i+1)·g), g = `gpus_per_worker` or total // workers.
 
     `inventory` holds the *visible* GPUs (`visible_gpus(discover_gpus(), …)`); the usable ones are,
-    with `gpu_pick` 'free', those with room for `needed_bytes`: what one worker's model takes
-    on all its GPUs together, spread evenly (None: not known, then nearly all memory must be free).
+    with `gpu_pick` 'free', those with room for `weights_bytes`, the weights of one worker's model
+    spread evenly over its GPUs (None: not known, then nearly all memory must be free). Idle ones
+    come first, then partly held ones, each in the order of the inventory.
     `total_gpus` None is all usable ones, 0 is CPU. More workers than GPUs share them round-robin.
 
     CPU is taken only where `device` is 'cpu', no GPU is asked for, or there is none to be seen.
@@ -116,14 +117,16 @@ def allocate(
         asked = f" (--total_gpus {total_gpus} asks for GPUs)" if total_gpus else ""
         why = inventory.reason or "there is no GPU."
         return _on_cpu(num_workers, num_threads, f"Running on CPU{asked}: {why}")
-    need = Need(num_workers, total_gpus, gpus_per_worker, needed_bytes, gpu_pick)
+    need = Need(num_workers, total_gpus, gpus_per_worker, weights_bytes, gpu_pick)
     usable, notes = usable_of(inventory, need)
     each = gpus_each(usable, num_workers, gpus_per_worker)
     if each * num_workers > len(usable):
         raise DeviceError("\n".join([_too_few(len(usable), num_workers, each, total_gpus), *notes]))
     if each == 0:
         workers = _round_robin(usable, num_workers, num_threads)
+        _check_exclusive(workers, need)
         notes.append(_sharing_note(usable, workers, need))
+        notes += [beside_others(gpu) for gpu in usable[:num_workers] if not is_idle(gpu)]
         return Allocation(workers=workers, gpus_per_worker=1, notes=tuple(notes))
     if each < (gpus_per_worker or len(usable) // num_workers):
         notes.append(
@@ -134,6 +137,7 @@ def allocate(
             f"{num_workers} worker(s) with {each} of {len(usable)} GPUs each: GPU"
             f" {', '.join(gpu.label for gpu in unused)} unused."
         )
+    notes += [beside_others(gpu) for gpu in usable[: each * num_workers] if not is_idle(gpu)]
     workers = tuple(
         WorkerAllocation(
             worker=i, gpus=tuple(usable[i * each : (i + 1) * each]), num_threads=num_threads
@@ -257,10 +261,24 @@ def _least_share(workers: Sequence[WorkerAllocation]) -> int | None:
     return min((share for share in shares if share is not None), default=None)
 
 
+def _check_exclusive(workers: Sequence[WorkerAllocation], need: Need) -> None:
+    """Raises DeviceError where several workers would share a GPU that only one process may use."""
+    for worker in workers:
+        (gpu,) = worker.gpus
+        if worker.share > 1 and gpu.compute_mode == "exclusive" and need.gpu_pick == "free":
+            num_gpus = len({other.gpus[0].uuid for other in workers})
+            raise DeviceError(
+                f"GPU {gpu.label} ({gpu.name}) lets one process use it at a time (its compute mode"
+                f" is exclusive), but {worker.share} workers would share it. Use --num_workers"
+                f" {num_gpus} or fewer, or nvidia-smi -c DEFAULT; where MPS shares it, --gpu_pick"
+                " all."
+            )
+
+
 def _sharing_note(usable: Sequence[Gpu], workers: Sequence[WorkerAllocation], need: Need) -> str:
     """The warning; DeviceError where the model cannot fit into the share."""
     least = _least_share(workers)
-    needed = need.needed_bytes or 0
+    needed = need.least_bytes(1) or 0
     if least is not None and least < needed and need.gpu_pick == "free":
         fitting = len(usable)  # one worker each fits, or the GPU would have been left out
         while (_least_share(_round_robin(usable, fitting + 1, 1)) or 0) >= needed:

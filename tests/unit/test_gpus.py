@@ -97,12 +97,12 @@ def test_busy_gpus_are_left_out_and_named() -> None:
 
 def test_free_is_measured_against_the_need() -> None:
     machine = fake_inventory(4, busy={0: "pid 7, 40 GiB", 1: "pid 8, 70 GiB"})
-    assert indices(give(machine, 3, needed_bytes=30 * GIB)) == [[0], [2], [3]]
+    assert indices(give(machine, 3, weights_bytes=30 * GIB)) == [[2], [3], [0]]
     # 70 GiB over 4 GPUs would fit beside pid 7 and not beside pid 8; over the 3 that are left it is
-    # 23.3 GiB each, which still fits.
-    assert indices(give(machine, 1, needed_bytes=70 * GIB)) == [[0, 2, 3]]
-    # 130 over 3 is 43.3 each: now GPU 0 falls out too, and 65 fit on each of the rest.
-    assert indices(give(machine, 1, needed_bytes=130 * GIB)) == [[2, 3]]
+    # 26 GiB each, which still fits.
+    assert indices(give(machine, 1, weights_bytes=70 * GIB)) == [[2, 3, 0]]
+    # 130 over 3 is 47 each: now GPU 0 falls out too, and 69.8 fit on each of the rest.
+    assert indices(give(machine, 1, weights_bytes=130 * GIB)) == [[2, 3]]
 
 
 def test_all_busy_is_an_error_not_cpu() -> None:
@@ -111,9 +111,9 @@ def test_all_busy_is_an_error_not_cpu() -> None:
 
 
 def test_too_large_a_model_is_told_apart_from_others_jobs() -> None:
-    with pytest.raises(DeviceError, match=r"too small.*needs 140\.0 GiB"):
-        give(fake_inventory(2), 2, needed_bytes=140 * GIB)
-    assert indices(give(fake_inventory(2), 1, needed_bytes=140 * GIB)) == [[0, 1]]
+    with pytest.raises(DeviceError, match=r"too small.*needs 148\.5 GiB"):
+        give(fake_inventory(2), 2, weights_bytes=140 * GIB)
+    assert indices(give(fake_inventory(2), 1, weights_bytes=140 * GIB)) == [[0, 1]]
 
 
 def test_held_memory_without_a_visible_holder() -> None:
@@ -145,9 +145,9 @@ def test_more_workers_than_gpus_share() -> None:
 
 def test_sharing_is_refused_where_the_model_cannot_fit() -> None:
     with pytest.raises(DeviceError, match="--num_workers 4 or fewer"):
-        give(fake_inventory(2), 5, needed_bytes=30 * GIB)
-    assert len(give(fake_inventory(2), 4, needed_bytes=30 * GIB).workers) == 4
-    assert len(give(fake_inventory(2), 5, needed_bytes=30 * GIB, gpu_pick="all").workers) == 5
+        give(fake_inventory(2), 5, weights_bytes=30 * GIB)
+    assert len(give(fake_inventory(2), 4, weights_bytes=30 * GIB).workers) == 4
+    assert len(give(fake_inventory(2), 5, weights_bytes=30 * GIB, gpu_pick="all").workers) == 5
 
 
 def test_explicit_gpus_per_worker_never_shares() -> None:
@@ -223,8 +223,8 @@ def test_impossible_numbers() -> None:
 def test_describe() -> None:
     assert give(fake_inventory(4), 2).describe() == (
         "worker  GPUs  free per GPU  threads\n"
-        "0       0 1   80.0 GiB      8\n"
-        "1       2 3   80.0 GiB      8"
+        "0       0 1   80.0 GiB      -\n"
+        "1       2 3   80.0 GiB      -"
     )
     assert "0/MIG-00000000" in give(fake_inventory(1, mig={0: 1}), 1).describe()
     assert "40.0 GiB (1/2)" in give(fake_inventory(1), 2).describe()
@@ -258,7 +258,7 @@ def test_allocations_are_disjoint_usable_and_even(
             num_workers,
             total_gpus=total_gpus,
             gpus_per_worker=gpus_per_worker,
-            needed_bytes=None if needed_gib is None else needed_gib * GIB,
+            weights_bytes=None if needed_gib is None else needed_gib * GIB,
         )
     except DeviceError:
         assert num_gpus
@@ -266,8 +266,7 @@ def test_allocations_are_disjoint_usable_and_even(
     assert [worker.worker for worker in allocation.workers] == list(range(num_workers))
     assert {len(worker.gpus) for worker in allocation.workers} == {allocation.gpus_per_worker}
     given_out = [uuid for worker in allocation.workers for uuid in worker.gpu_uuids]
-    if needed_gib != 0:  # a model that needs nothing fits beside anybody
-        assert set(given_out) <= free
+    assert set(given_out) <= free
     if total_gpus is not None:
         assert len(set(given_out)) <= total_gpus
     for worker in allocation.workers:

@@ -61,6 +61,12 @@ class Allocation:
     notes: tuple[str, ...] = ()
     """One-liners for the header: what is left out, unused, shared, and why."""
 
+    @property
+    def gpus(self) -> tuple[Gpu, ...]:
+        """All that are given out, each once."""
+        found = {gpu.uuid: gpu for worker in self.workers for gpu in worker.gpus}
+        return tuple(found.values())
+
     def describe(self) -> str:
         """A plain-text table, a line per worker."""
         rows = [("worker", "GPUs", "free per GPU", "threads")]

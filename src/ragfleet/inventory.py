@@ -84,6 +84,12 @@ def gib(num_bytes: int) -> str:
     return f"{num_bytes / GIB:.1f} GiB"
 
 
+def reserved(inventory: GpuInventory, runs: Mapping[str, str]) -> GpuInventory:
+    """With what other runs of ragfleet have marked as theirs: `runs` by UUID, in words."""
+    gpus = [replace(gpu, reserved_by=runs.get(gpu.uuid, gpu.reserved_by)) for gpu in inventory.gpus]
+    return replace(inventory, gpus=tuple(gpus))
+
+
 def fake_inventory(
     count: int,
     total_gib: float = 80,

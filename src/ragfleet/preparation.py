@@ -19,6 +19,7 @@ from ragfleet.config import RunConfig
 from ragfleet.engines.protocol import PromptSettings
 from ragfleet.engines.vllm_options import answers_depend_on, choose_engine, find_vllm
 from ragfleet.errors import ConfigError, ModelError, OutputError
+from ragfleet.gpu_locks import GpuLocks
 from ragfleet.gpus import discover_gpus, visible_gpus
 from ragfleet.identity import Identity, RunFile, model_parts, now, read_run_file
 from ragfleet.launch import RunPaths
@@ -27,7 +28,7 @@ from ragfleet.model_files import chat_template, check_weights, read_json
 from ragfleet.prompts import DEFAULT_SYSTEM_PROMPT, check_template, template_fields
 from ragfleet.remote.secret import key_notes, read_key
 from ragfleet.remote.spec import DEFAULT_CONCURRENCY, PROVIDERS, ProviderName, RemoteSpec
-from ragfleet.seating import Seating, seat
+from ragfleet.seating import Seating, seat_alone
 from ragfleet.shards import is_own_name
 
 POCKET: Final = "pocket"
@@ -78,10 +79,13 @@ def prepare(
     environ: Mapping[str, str],
     torchrun: TorchrunRank | None = None,
     needs_key: bool = True,
+    gpu_locks: GpuLocks | None = None,
 ) -> Preparation:
     """Raises a UsageError for whatever can be told without loading a model.
 
-    `needs_key` False: nothing will be asked of a remote API.
+    Args:
+        needs_key: False where nothing will be asked of a remote API.
+        gpu_locks: keep others off the GPUs that are given out; None: only look at who has them.
     """
     check_paths(config)
     paths = RunPaths(config.output_file.absolute())
@@ -121,7 +125,11 @@ def prepare(
         )
         notes += [why] if why and model_dir is not None else []
     notes += _unused(config, engine)
-    num_workers, allocation, seat_notes = seat(replace(seating, splits_heads=engine == "vllm"))
+    num_workers, allocation, seat_notes = seat_alone(
+        replace(seating, splits_heads=engine == "vllm"),
+        gpu_locks or GpuLocks(),
+        take=gpu_locks is not None,
+    )
     precision = resolve_precision(config, model_dir, allocation.gpus_per_worker > 0)
     run_file = None if config.overwrite else read_run_file(paths)
     uses_clock = prints_date(model_dir)

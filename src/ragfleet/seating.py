@@ -10,14 +10,15 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
 from ragfleet.allocation import Allocation, allocate, usable_gpus
 from ragfleet.config import RunConfig
 from ragfleet.errors import ConfigError, DeviceError, ModelError
-from ragfleet.inventory import GpuInventory, gib
+from ragfleet.gpu_locks import GpuLocks
+from ragfleet.inventory import GpuInventory, gib, reserved
 from ragfleet.launchers.torchrun import TorchrunRank
 from ragfleet.layout import (
     Demand,
@@ -78,6 +79,31 @@ class Seating:
             or config.total_gpus == 0
             or not (self.inventory.gpus or self.inventory.failed)
         )
+
+
+def seat_alone(
+    seating: Seating, locks: GpuLocks, *, take: bool
+) -> tuple[int, Allocation, list[str]]:
+    """`seat`, on GPUs that no other run of ragfleet has been given.
+
+    `take`: theirs from now on, until `locks` are released; else they are only looked at.
+    """
+    config = seating.config
+    if seating.on_cpu:
+        return seat(seating)
+    inventory = seating.inventory
+    if config.gpu_pick == "free":
+        inventory = reserved(inventory, locks.holders(gpu.uuid for gpu in inventory.gpus))
+    while True:
+        num_workers, allocation, notes = seat(replace(seating, inventory=inventory))
+        if not take:
+            return num_workers, allocation, notes
+        given = (gpu.uuid for gpu in allocation.gpus)
+        lost = locks.take(given, all_or_none=config.gpu_pick == "free")
+        if not lost or config.gpu_pick == "all":
+            return num_workers, allocation, [*notes, *([locks.note] if locks.note else [])]
+        # Another run was quicker. Each round marks at least one more, so this ends.
+        inventory = reserved(inventory, lost)
 
 
 def seat(seating: Seating) -> tuple[int, Allocation, list[str]]:

@@ -353,9 +353,7 @@ def test_models_that_can_not_be_in_memory_together_are_refused(
     monkeypatch.setattr(seating, "available_memory_bytes", lambda: 100 * GIB)
     none = fake_inventory(0)
     asked = seating_of(tmp_path, none, gib_weights=16, num_workers=4)
-    with pytest.raises(
-        DeviceError, match=r"4 worker\(s\) × weights 32\.0 GiB = 128\.0 GiB"
-    ):
+    with pytest.raises(DeviceError, match=r"4 worker\(s\) × weights 32\.0 GiB = 128\.0 GiB"):
         seat(asked)
     with pytest.raises(DeviceError, match="--num_workers 3 or fewer"):
         seat(asked)

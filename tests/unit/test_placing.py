@@ -1,0 +1,131 @@
+"""A start on GPUs that aren't there: beside other runs, on older ones, on MIG instances."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_model_weights import write_weights
+
+from ragfleet import gpu_locks, preparation, runner
+from ragfleet.config import RunConfig
+from ragfleet.engines.vllm_options import InstalledVllm
+from ragfleet.errors import DeviceError, UsageError
+from ragfleet.gpu_locks import GpuLocks
+from ragfleet.inventory import GIB, GpuInventory, fake_inventory
+from ragfleet.preparation import Preparation, prepare
+
+CONFIG = (
+    '{"num_hidden_layers": 32, "hidden_size": 4096, "num_attention_heads": 32,'
+    ' "torch_dtype": "bfloat16"}'
+)
+Start = Callable[..., Preparation]
+
+
+@pytest.fixture(autouse=True)
+def _own_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_locks, "DIRECTORY", tmp_path / "locks")
+    monkeypatch.setattr(gpu_locks, "_WAIT_S", 0.05)
+    monkeypatch.setattr(preparation, "find_vllm", lambda: None)
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> RunConfig:
+    (tmp_path / "contexts.jsonl").write_text('{"id": "a", "query": "How?", "context": "So."}\n')
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text(CONFIG)
+    write_weights(model / "model.safetensors", "BF16", 15 * GIB)
+    return RunConfig(
+        contexts_file=tmp_path / "contexts.jsonl",
+        output_file=tmp_path / "out.jsonl",
+        model_path=str(model),
+    )
+
+
+@pytest.fixture
+def start(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> Start:
+    def prepared(
+        machine: GpuInventory, locks: GpuLocks | None = None, **settings: Any
+    ) -> Preparation:
+        monkeypatch.setattr(preparation, "discover_gpus", lambda: machine)
+        return prepare(config.replace(**settings), {}, gpu_locks=locks)
+
+    return prepared
+
+
+def with_vllm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    installed = InstalledVllm(version="0.32.0", folder=tmp_path, is_cpu_build=False)
+    monkeypatch.setattr(preparation, "find_vllm", lambda: installed)
+
+
+def indices(found: Preparation) -> list[list[int]]:
+    return [[gpu.index for gpu in worker.gpus] for worker in found.allocation.workers]
+
+
+# ---- beside other runs
+
+
+def test_two_starts_at_once_choose_different_gpus(start: Start) -> None:
+    machine = fake_inventory(4)
+    with GpuLocks() as second:
+        with GpuLocks() as first:
+            assert indices(start(machine, first, num_workers=2, gpus_per_worker=1)) == [[0], [1]]
+            other = start(machine, second, num_workers=2, gpus_per_worker=1)
+            assert indices(other) == [[2], [3]]
+            assert sum("held by another ragfleet run, pid" in note for note in other.notes) == 2
+            with pytest.raises(DeviceError, match="held by another ragfleet run, pid"):
+                start(machine, GpuLocks(), num_workers=2)
+            with pytest.raises(DeviceError, match="held by another ragfleet run"):
+                start(machine, GpuLocks(), num_workers="auto")
+            # Who takes GPUs as they are takes these too.
+            assert len(indices(start(machine, GpuLocks(), gpu_pick="all"))[0]) == 4
+        assert indices(start(machine, num_workers=2, gpus_per_worker=1)) == [[0], [1]]
+
+
+def test_a_plan_looks_and_takes_nothing(start: Start, tmp_path: Path) -> None:
+    machine = fake_inventory(2)
+    assert indices(start(machine, num_workers=2)) == [[0], [1]]
+    assert not (tmp_path / "locks").exists()
+    with GpuLocks() as locks:
+        start(machine, locks, num_workers=1, gpus_per_worker=1)
+        assert indices(start(machine)) == [[1]]
+
+
+def test_who_is_overtaken_between_look_and_lock_looks_again(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine = fake_inventory(3)
+    with GpuLocks() as first, GpuLocks() as second:
+        start(machine, first, num_workers=1, gpus_per_worker=1)
+        monkeypatch.setattr(GpuLocks, "holders", lambda *_: {})
+        assert indices(start(machine, second, num_workers=1, gpus_per_worker=2)) == [[1, 2]]
+
+
+def test_without_a_place_for_locks_the_header_says_so(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu_locks, "DIRECTORY", tmp_path / "no" / "locks")
+    found = start(fake_inventory(1), GpuLocks())
+    assert [note for note in found.notes if note.startswith("GPUs are not locked")]
+
+
+def test_a_run_keeps_its_gpus_and_the_cpu_needs_none(
+    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(*arguments: Any, gpu_locks: GpuLocks) -> Any:
+        gpu_locks.take(["GPU-a"])
+        assert set(GpuLocks().holders(["GPU-a"])) == {"GPU-a"}
+        raise UsageError("enough")
+
+    monkeypatch.setattr(runner, "prepare", stopped)
+    with pytest.raises(UsageError, match="enough"):
+        runner.run(config)
+    assert GpuLocks().take(["GPU-a"]) == {}
+    monkeypatch.undo()
+    monkeypatch.setattr(gpu_locks, "DIRECTORY", tmp_path / "none")
+    with GpuLocks() as locks:
+        prepare(config.replace(device="cpu", engine="echo", model_path=None), {}, gpu_locks=locks)
+    assert not (tmp_path / "none").exists()

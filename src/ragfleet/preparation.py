@@ -25,6 +25,7 @@ from ragfleet.identity import Identity, RunFile, model_parts, now, read_run_file
 from ragfleet.launch import RunPaths
 from ragfleet.launchers.torchrun import TorchrunRank
 from ragfleet.model_files import chat_template, check_weights, read_json
+from ragfleet.precision import Precision, precision_on, resolve_precision
 from ragfleet.prompts import DEFAULT_SYSTEM_PROMPT, check_template, template_fields
 from ragfleet.remote.secret import key_notes, read_key
 from ragfleet.remote.spec import DEFAULT_CONCURRENCY, PROVIDERS, ProviderName, RemoteSpec
@@ -34,11 +35,6 @@ from ragfleet.shards import is_own_name
 POCKET: Final = "pocket"
 """The name of the demo model that this package brings along."""
 EngineKind = Literal["transformers", "vllm", "openai_compatible", "echo"]
-_DTYPES: Final[Mapping[str, Literal["fp32", "fp16", "bf16"]]] = {
-    "float32": "fp32",
-    "float16": "fp16",
-    "bfloat16": "bf16",
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +47,7 @@ class Preparation:
     engine: EngineKind
     remote: RemoteSpec | None
     model_dir: Path | None
-    precision: Literal["fp32", "fp16", "bf16"]
+    precision: Precision
     prompts: PromptSettings
     key_fields: list[str] | None
     identity: Identity
@@ -114,23 +110,21 @@ def prepare(
         gpu_precision=resolve_precision(config, model_dir, True),
         cpu_precision=resolve_precision(config, model_dir, False),
     )
-    engine: EngineKind = "openai_compatible" if remote is not None else "echo"
-    if not needs_no_gpu:
-        engine, why = choose_engine(
-            config.engine,
-            not seating.on_cpu,
-            find_vllm(),
-            config.engine_options,
-            seeded=config.seed is not None and config.temperature > 0,
-        )
-        notes += [why] if why and model_dir is not None else []
+    engine, why = _engine_of(seating)
+    notes += [why] if why and model_dir is not None else []
     notes += _unused(config, engine)
     num_workers, allocation, seat_notes = seat_alone(
         replace(seating, splits_heads=engine == "vllm"),
         gpu_locks or GpuLocks(),
         take=gpu_locks is not None,
     )
-    precision = resolve_precision(config, model_dir, allocation.gpus_per_worker > 0)
+    precision, precision_notes = precision_on(
+        allocation.gpus,
+        resolve_precision(config, model_dir, allocation.gpus_per_worker > 0),
+        engine,
+        is_auto=config.precision == "auto",
+    )
+    notes += precision_notes
     run_file = None if config.overwrite else read_run_file(paths)
     uses_clock = prints_date(model_dir)
     clock = run_file.clock if run_file is not None else now()
@@ -180,6 +174,20 @@ def prepare(
         inference_class=config.inference_class and absolute_class(config.inference_class),
         class_hash=class_hash,
         notes=[*notes, *seat_notes, *allocation.notes],
+    )
+
+
+def _engine_of(seating: Seating) -> tuple[EngineKind, str | None]:
+    """The engine, and the line that says why it is that one. Raises ConfigError and DeviceError."""
+    config = seating.config
+    if seating.needs_no_gpu:
+        return ("openai_compatible" if seating.is_remote else "echo"), None
+    return choose_engine(
+        config.engine,
+        not seating.on_cpu,
+        find_vllm(),
+        config.engine_options,
+        seeded=config.seed is not None and config.temperature > 0,
     )
 
 
@@ -307,19 +315,6 @@ def find_model(config: RunConfig) -> Path | None:
 def pocket_folder() -> Path:
     """The demo model's folder: only files, no module."""
     return Path(__file__).parent / "pocket"
-
-
-def resolve_precision(
-    config: RunConfig, model_dir: Path | None, on_gpu: bool
-) -> Literal["fp32", "fp16", "bf16"]:
-    if config.precision != "auto":
-        return config.precision
-    if not on_gpu or model_dir is None:
-        return "fp32"
-    found = read_json(model_dir / "config.json")
-    text = found.get("text_config") or {}
-    name = found.get("dtype") or found.get("torch_dtype") or text.get("dtype")
-    return _DTYPES.get(str(name), "bf16")
 
 
 def prints_date(model_dir: Path | None) -> bool:

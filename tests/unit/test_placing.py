@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -129,3 +130,40 @@ def test_a_run_keeps_its_gpus_and_the_cpu_needs_none(
     with GpuLocks() as locks:
         prepare(config.replace(device="cpu", engine="echo", model_path=None), {}, gpu_locks=locks)
     assert not (tmp_path / "none").exists()
+
+
+# ---- precision
+
+
+def older(machine: GpuInventory) -> GpuInventory:
+    first, *others = machine.gpus
+    first = replace(first, name="Tesla V100-SXM2-32GB", compute_capability=(7, 0))
+    newer = [replace(gpu, compute_capability=(9, 0)) for gpu in others]
+    return replace(machine, gpus=(first, *newer))
+
+
+def test_older_gpus_compute_bf16_checkpoints_in_fp16(start: Start) -> None:
+    machine = older(fake_inventory(2))
+    found = start(machine, num_workers=2)
+    assert found.precision == "fp16"
+    (note,) = [note for note in found.notes if "bf16" in note]
+    assert note == (
+        "GPU 0 (Tesla V100-SXM2-32GB, compute capability 7.0) has no bf16: fp16 is taken. Where"
+        " that overflows: --precision fp32."
+    )
+    assert start(GpuInventory(gpus=machine.gpus[1:])).precision == "bf16"
+    assert start(fake_inventory(1)).precision == "bf16", "not known"
+    assert start(machine, precision="fp32").precision == "fp32"
+
+
+def test_bf16_that_was_asked_for_on_older_gpus(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine = older(fake_inventory(1))
+    found = start(machine, precision="bf16")
+    assert found.precision == "bf16"
+    assert [note for note in found.notes if note.startswith("Warning: GPU 0 (Tesla V100")]
+    with_vllm(monkeypatch, tmp_path)
+    assert (start(machine).engine, start(machine).precision) == ("vllm", "fp16")
+    with pytest.raises(DeviceError, match=r"--precision bf16: GPU 0.*Use --precision fp16"):
+        start(machine, precision="bf16")

@@ -18,7 +18,7 @@ from ragfleet.allocation import Allocation
 from ragfleet.config import RunConfig
 from ragfleet.engines.protocol import PromptSettings
 from ragfleet.engines.vllm_options import answers_depend_on, choose_engine, find_vllm
-from ragfleet.errors import ConfigError, ModelError, OutputError
+from ragfleet.errors import ConfigError, DeviceError, ModelError, OutputError
 from ragfleet.gpu_locks import GpuLocks
 from ragfleet.gpus import discover_gpus, visible_gpus
 from ragfleet.identity import Identity, RunFile, model_parts, now, read_run_file
@@ -182,13 +182,29 @@ def _engine_of(seating: Seating) -> tuple[EngineKind, str | None]:
     config = seating.config
     if seating.needs_no_gpu:
         return ("openai_compatible" if seating.is_remote else "echo"), None
-    return choose_engine(
-        config.engine,
-        not seating.on_cpu,
-        find_vllm(),
-        config.engine_options,
-        seeded=config.seed is not None and config.temperature > 0,
-    )
+
+    def choose(asked: str) -> tuple[EngineKind, str | None]:
+        return choose_engine(
+            asked,
+            not seating.on_cpu,
+            find_vllm(),
+            config.engine_options,
+            seeded=config.seed is not None and config.temperature > 0,
+        )
+
+    engine, why = choose(config.engine)
+    # vLLM takes the number of an instance for that of a GPU, and finds none of that number.
+    if engine != "vllm" or not any(gpu.is_mig for gpu in seating.inventory.gpus):
+        return engine, why
+    _, allocation, _ = seat_alone(replace(seating, splits_heads=True), GpuLocks(), take=False)
+    if not any(gpu.is_mig for gpu in allocation.gpus):
+        return engine, why
+    if config.engine == "vllm":
+        raise DeviceError(
+            "--engine vllm can't use MIG instances, and workers would get some. Use --engine"
+            " transformers, or name whole GPUs in CUDA_VISIBLE_DEVICES."
+        )
+    return choose("transformers")[0], "Engine: transformers; vLLM can't use MIG instances."
 
 
 def _unused(config: RunConfig, engine: EngineKind) -> list[str]:

@@ -167,3 +167,23 @@ def test_bf16_that_was_asked_for_on_older_gpus(
     assert (start(machine).engine, start(machine).precision) == ("vllm", "fp16")
     with pytest.raises(DeviceError, match=r"--precision bf16: GPU 0.*Use --precision fp16"):
         start(machine, precision="bf16")
+
+
+# ---- MIG
+
+
+def test_vllm_is_not_taken_for_mig_instances(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_vllm(monkeypatch, tmp_path)
+    machine = fake_inventory(2, 160, mig={0: 4})
+    found = start(machine, num_workers=2)
+    assert found.engine == "transformers"
+    assert "Engine: transformers; vLLM can't use MIG instances." in found.notes
+    with pytest.raises(DeviceError, match=r"can't use MIG.*--engine transformers"):
+        start(machine, num_workers=2, engine="vllm")
+    assert start(machine, num_workers=2, engine="transformers").engine == "transformers"
+    # The instances are left out, and what remains is a whole GPU.
+    busy = [replace(gpu, free_bytes=0) if gpu.is_mig else gpu for gpu in machine.gpus]
+    assert start(GpuInventory(gpus=tuple(busy))).engine == "vllm"
+    assert start(fake_inventory(2), num_workers=2).engine == "vllm"

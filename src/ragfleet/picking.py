@@ -120,9 +120,16 @@ def _why_left_out(gpu: Gpu, least_bytes: int | None, need: Need) -> str:
     memory = _memory(gpu)
     if least_bytes is not None and gpu.total_bytes and gpu.reserved_by is None:
         memory += f", the model needs {gib(least_bytes)} on it"
-        if least_bytes > gpu.total_bytes or is_idle(gpu):
+        if _is_too_small(gpu, least_bytes):
             return f"{name} is too small: {memory} (more GPUs per worker help)."
     return f"{name} is left out: {memory}; {_held_by(gpu)}."
+
+
+def _is_too_small(gpu: Gpu, least_bytes: int) -> bool:
+    """Whether it would not do even if nobody else used it."""
+    return bool(gpu.total_bytes) and (
+        least_bytes > gpu.total_bytes or (is_idle(gpu) and least_bytes > gpu.free_bytes)
+    )
 
 
 def _memory(gpu: Gpu) -> str:
@@ -139,12 +146,13 @@ def _held_by(gpu: Gpu) -> str:
 def _none_left(gpus: Sequence[Gpu], need: Need, each: int) -> str:
     least = need.least_bytes(each)
     message = f"None of the {len(gpus)} visible GPU(s) has room"
-    if least is not None:
+    larger = _larger_share(gpus, need, each)
+    if least is not None and (larger or any(_is_too_small(gpu, least) for gpu in gpus)):
         message += (
             f" for {need.num_workers} worker(s) with {each} GPU(s) each, which takes {gib(least)}"
             " on each GPU"
         )
-    if (larger := _larger_share(gpus, need, each)) is not None:
+    if larger is not None:
         return f"{message}. What works: {larger}."
     return (
         f"{message}. Wait for one, or take them as they are with --gpu_pick all, or run with"

@@ -103,7 +103,9 @@ def test_where_no_share_works_none_is_named() -> None:
         give(fake_inventory(2, 24), 1, weights_bytes=LLAMA_70B)
     assert "What works" not in str(caught.value)
     busy = fake_inventory(2, busy=dict.fromkeys(range(2), "pid 7, 79 GiB"))
-    with pytest.raises(DeviceError, match="Wait for one"):
+    with pytest.raises(
+        DeviceError, match=r"^None of the 2 visible GPU\(s\) has room\. Wait for one"
+    ):
         give(busy, 2, weights_bytes=15 * GIB)
 
 

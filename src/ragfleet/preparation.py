@@ -75,12 +75,14 @@ def prepare(
     environ: Mapping[str, str],
     torchrun: TorchrunRank | None = None,
     needs_key: bool = True,
+    needs_seats: bool = True,
     gpu_locks: GpuLocks | None = None,
 ) -> Preparation:
     """Raises a UsageError for whatever can be told without loading a model.
 
     Args:
         needs_key: False where nothing will be asked of a remote API.
+        needs_seats: False where nothing will be computed: GPUs and memory don't matter.
         gpu_locks: keep others off the GPUs that are given out; None: only look at who has them.
     """
     check_paths(config)
@@ -105,7 +107,7 @@ def prepare(
         environ=environ,
         inventory=visible_gpus(discover_gpus(), environ.get("CUDA_VISIBLE_DEVICES")),
         model_dir=model_dir,
-        needs_no_gpu=needs_no_gpu,
+        needs_no_gpu=needs_no_gpu or not needs_seats,
         is_remote=remote is not None,
         gpu_precision=resolve_precision(config, model_dir, True),
         cpu_precision=resolve_precision(config, model_dir, False),

@@ -10,13 +10,14 @@ from typing import Any
 import pytest
 from test_model_weights import write_weights
 
-from ragfleet import gpu_locks, preparation, runner
+from ragfleet import gpu_locks, preparation, runner, seating
 from ragfleet.config import RunConfig
 from ragfleet.engines.vllm_options import InstalledVllm
 from ragfleet.errors import DeviceError, UsageError
 from ragfleet.gpu_locks import GpuLocks
 from ragfleet.inventory import GIB, GpuInventory, fake_inventory
 from ragfleet.preparation import Preparation, prepare
+from ragfleet.prompt_view import rendered_prompt
 
 CONFIG = (
     '{"num_hidden_layers": 32, "hidden_size": 4096, "num_attention_heads": 32,'
@@ -130,6 +131,18 @@ def test_a_run_keeps_its_gpus_and_the_cpu_needs_none(
     with GpuLocks() as locks:
         prepare(config.replace(device="cpu", engine="echo", model_path=None), {}, gpu_locks=locks)
     assert not (tmp_path / "none").exists()
+
+
+def test_a_prompt_is_shown_whoever_has_the_gpus(
+    config: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    busy = fake_inventory(2, busy={0: "pid 7", 1: "pid 7"})
+    monkeypatch.setattr(preparation, "discover_gpus", lambda: busy)
+    monkeypatch.setattr(seating, "available_memory_bytes", lambda: 1)
+    settings: dict[str, Any]
+    for settings in ({}, {"device": "cpu"}, {"total_gpus": 2}, {"num_workers": "auto"}):
+        asked = config.replace(model_path="pocket", **settings)
+        assert "How?" in rendered_prompt(asked, "a")[0]
 
 
 # ---- precision

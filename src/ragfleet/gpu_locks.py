@@ -154,9 +154,10 @@ def _open_plain(name: str, directory: int, *, create: bool = False) -> int:
             fd = os.open(name, _OPEN, dir_fd=directory)
         else:
             os.fchmod(fd, 0o444)  # whatever the umask
-    if not stat.S_ISREG(os.fstat(fd).st_mode):
+    status = os.fstat(fd)
+    if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
         os.close(fd)
-        raise OSError(errno.EINVAL, "not a plain file", name)
+        raise OSError(errno.EINVAL, f"{name} is not a plain file of one name")
     return fd
 
 

@@ -112,7 +112,8 @@ def test_links_are_not_followed(folder: Path, tmp_path: Path) -> None:
     folder.mkdir()
     (folder / "GPU-a").symlink_to(precious)
     os.mkfifo(folder / "GPU-b")
-    for name in ("GPU-a", "GPU-b"):
+    os.link(precious, folder / "GPU-d")
+    for name in ("GPU-a", "GPU-b", "GPU-d"):
         with GpuLocks(folder) as locks:
             assert locks.take([name]) == {}
             assert locks.note is not None

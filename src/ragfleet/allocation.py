@@ -121,6 +121,8 @@ def allocate(
         raise DeviceError(f"No GPU can be used: {inventory.reason} Or run with --device cpu.")
     if not inventory.gpus:
         asked = f" (--total_gpus {total_gpus} asks for GPUs)" if total_gpus else ""
+        if gpus_per_worker and not total_gpus:
+            asked = f" (--gpus_per_worker {gpus_per_worker} asks for GPUs)"
         why = inventory.reason or "there is no GPU."
         return _on_cpu(num_workers, num_threads, f"Running on CPU{asked}: {why}")
     need = Need(num_workers, total_gpus, gpus_per_worker, weights_bytes, gpu_pick)

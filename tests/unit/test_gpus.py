@@ -198,7 +198,9 @@ def test_cpu_for_want_of_a_gpu_even_when_gpus_are_asked_for() -> None:
     allocation = give(fake_inventory(0), 32, total_gpus=8, gpus_per_worker=2)
     assert {worker.num_threads for worker in allocation.workers} == {1}
     (note,) = allocation.notes
-    assert "CPU" in note
+    assert note.startswith("Running on CPU (--total_gpus 8 asks for GPUs): ")
+    (only,) = give(fake_inventory(0), 2, gpus_per_worker=2).notes
+    assert only.startswith("Running on CPU (--gpus_per_worker 2 asks for GPUs): ")
     assert "no NVIDIA driver" in note
 
 

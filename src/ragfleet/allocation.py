@@ -1,10 +1,10 @@
 """Which worker of one machine gets which GPUs, and the environment that holds it to them.
 
-Owns the arithmetic of `num_workers`, `total_gpus` and `gpus_per_worker`. Pure: what
-the machine is like comes in as a `GpuInventory` and numbers, what follows goes out as an
-`Allocation`. It knows nothing of processes, engines or ranks across machines: under torchrun it is
-called once a node, with LOCAL_WORLD_SIZE, *before* any worker of the node loads a model (afterwards
-the workers' own memory would look like somebody else's), and the result is handed to all of them.
+Owns the arithmetic of `num_workers`, `total_gpus` and `gpus_per_worker`. Pure: what the machine is
+like comes in as a `GpuInventory` and numbers, what follows goes out as an `Allocation`. It knows
+nothing of processes, engines or ranks across machines: under torchrun it is called once a node,
+with LOCAL_WORLD_SIZE, *before* any worker of the node loads a model (afterwards the workers' own
+memory would look like somebody else's), and the result is handed to all of them.
 
 GPUs are handed to workers by UUID: an ordinal names different GPUs under different
 CUDA_DEVICE_ORDERs, and NVML's order and CUDA's need not agree.

@@ -183,7 +183,7 @@ def _check_cpu(seating: Seating, num_workers: int) -> None:
             f" --device cpu and without {' and '.join(word.split()[0] for word in asked)}."
         )
     # A class of the user's may never load the model.
-    if config.num_workers != "auto" and config.inference_class is None:
+    if config.inference_class is None:
         check_memory(num_workers, available_memory_bytes(), weights)
 
 

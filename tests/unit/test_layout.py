@@ -357,6 +357,11 @@ def test_models_that_can_not_be_in_memory_together_are_refused(
         seat(asked)
     with pytest.raises(DeviceError, match="--num_workers 3 or fewer"):
         seat(asked)
+    rank = TorchrunRank.__new__(TorchrunRank)
+    object.__setattr__(rank, "world_size", 4)
+    started = dataclasses.replace(asked, config=asked.config.replace(num_workers="auto"))
+    with pytest.raises(DeviceError, match=r"4 worker\(s\) × weights 32\.0 GiB = 128\.0 GiB"):
+        seat(dataclasses.replace(started, torchrun=rank))
     # In bf16 they fit, and nobody knows what a class of the user's loads.
     assert seat(dataclasses.replace(asked, cpu_precision="bf16"))[0] == 4
     assert seat(dataclasses.replace(asked, needs_no_gpu=True))[0] == 4

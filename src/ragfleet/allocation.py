@@ -1,10 +1,10 @@
 """Which worker of one machine gets which GPUs, and the environment that holds it to them.
 
-Owns the arithmetic of `num_workers`, `total_gpus` and `gpus_per_worker`, and `gpu_pick`. Pure: what
-the machine is like comes in as a `GpuInventory` and numbers, what follows goes out as an
-`Allocation`. It knows nothing of processes, engines or ranks across machines: under torchrun it is
-called once a node, with LOCAL_WORLD_SIZE, *before* any worker of the node loads a model (afterwards
-the workers' own memory would look like somebody else's), and the result is handed to all of them.
+Owns the arithmetic of `num_workers`, `total_gpus` and `gpus_per_worker`. Pure: what the machine is
+like comes in as a `GpuInventory` and numbers, what follows goes out as an `Allocation`. It knows
+nothing of processes, engines or ranks across machines: under torchrun it is called once a node,
+with LOCAL_WORLD_SIZE, *before* any worker of the node loads a model (afterwards the workers' own
+memory would look like somebody else's), and the result is handed to all of them.
 
 GPUs are handed to workers by UUID: an ordinal names different GPUs under different
 CUDA_DEVICE_ORDERs, and NVML's order and CUDA's need not agree.
@@ -17,11 +17,8 @@ from dataclasses import dataclass
 
 from ragfleet.config import Device, GpuPick
 from ragfleet.errors import DeviceError
-from ragfleet.gpus import Gpu, GpuInventory, gib
-
-FREE_FRACTION = 0.9
-"""A GPU with this share of its memory free counts as free when the need is unknown: driver, ECC
-tables and a desktop's display take a few percent of an idle one."""
+from ragfleet.inventory import Gpu, GpuInventory, gib
+from ragfleet.picking import Need, beside_others, gpus_each, is_idle, usable_of
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,7 +30,7 @@ class WorkerAllocation:
     gpus: tuple[Gpu, ...] = ()
     """Empty: CPU."""
     num_threads: int = 1
-    """CPU threads: cores // workers."""
+    """CPU threads: cores // workers. Set on CPU only."""
     share: int = 1
     """Workers on each of these GPUs; above 1 they are shared."""
 
@@ -64,6 +61,12 @@ class Allocation:
     notes: tuple[str, ...] = ()
     """One-liners for the header: what is left out, unused, shared, and why."""
 
+    @property
+    def gpus(self) -> tuple[Gpu, ...]:
+        """All that are given out, each once."""
+        found = {gpu.uuid: gpu for worker in self.workers for gpu in worker.gpus}
+        return tuple(found.values())
+
     def describe(self) -> str:
         """A plain-text table, a line per worker."""
         rows = [("worker", "GPUs", "free per GPU", "threads")]
@@ -75,7 +78,7 @@ class Allocation:
                     " ".join(gpu.label for gpu in worker.gpus) or "CPU",
                     ("-" if memory is None else gib(memory))
                     + (f" (1/{worker.share})" if worker.share > 1 else ""),
-                    str(worker.num_threads),
+                    "-" if worker.gpus else str(worker.num_threads),
                 )
             )
         widths = [max(len(row[column]) for row in rows) for column in range(4)]
@@ -94,13 +97,14 @@ def allocate(
     gpus_per_worker: int | None = None,
     gpu_pick: GpuPick = "free",
     device: Device = "auto",
-    needed_bytes: int | None = None,
+    weights_bytes: int | None = None,
 ) -> Allocation:
     """Give worker i the usable GPUs [i·g, (i+1)·g), g = `gpus_per_worker` or total // workers.
 
     `inventory` holds the *visible* GPUs (`visible_gpus(discover_gpus(), …)`); the usable ones are,
-    with `gpu_pick` 'free', those with room for `needed_bytes`: what one worker's model takes
-    on all its GPUs together, spread evenly (None: not known, then nearly all memory must be free).
+    with `gpu_pick` 'free', those with room for `weights_bytes`, the weights of one worker's model
+    spread evenly over its GPUs (None: not known, then nearly all memory must be free). Idle ones
+    come first, then partly held ones, each in the order of the inventory.
     `total_gpus` None is all usable ones, 0 is CPU. More workers than GPUs share them round-robin.
 
     CPU is taken only where `device` is 'cpu', no GPU is asked for, or there is none to be seen.
@@ -117,16 +121,20 @@ def allocate(
         raise DeviceError(f"No GPU can be used: {inventory.reason} Or run with --device cpu.")
     if not inventory.gpus:
         asked = f" (--total_gpus {total_gpus} asks for GPUs)" if total_gpus else ""
+        if gpus_per_worker and not total_gpus:
+            asked = f" (--gpus_per_worker {gpus_per_worker} asks for GPUs)"
         why = inventory.reason or "there is no GPU."
         return _on_cpu(num_workers, num_threads, f"Running on CPU{asked}: {why}")
-    need = _Need(num_workers, total_gpus, gpus_per_worker, needed_bytes, gpu_pick)
-    usable, notes = _usable(inventory, need)
-    each = _gpus_each(usable, num_workers, gpus_per_worker)
+    need = Need(num_workers, total_gpus, gpus_per_worker, weights_bytes, gpu_pick)
+    usable, notes = usable_of(inventory, need)
+    each = gpus_each(usable, num_workers, gpus_per_worker)
     if each * num_workers > len(usable):
         raise DeviceError("\n".join([_too_few(len(usable), num_workers, each, total_gpus), *notes]))
     if each == 0:
         workers = _round_robin(usable, num_workers, num_threads)
+        _check_exclusive(workers, need)
         notes.append(_sharing_note(usable, workers, need))
+        notes += [beside_others(gpu) for gpu in usable[:num_workers] if not is_idle(gpu)]
         return Allocation(workers=workers, gpus_per_worker=1, notes=tuple(notes))
     if each < (gpus_per_worker or len(usable) // num_workers):
         notes.append(
@@ -137,6 +145,7 @@ def allocate(
             f"{num_workers} worker(s) with {each} of {len(usable)} GPUs each: GPU"
             f" {', '.join(gpu.label for gpu in unused)} unused."
         )
+    notes += [beside_others(gpu) for gpu in usable[: each * num_workers] if not is_idle(gpu)]
     workers = tuple(
         WorkerAllocation(
             worker=i, gpus=tuple(usable[i * each : (i + 1) * each]), num_threads=num_threads
@@ -151,7 +160,7 @@ def usable_gpus(inventory: GpuInventory, *, total_gpus: int | None, gpu_pick: Gp
 
     Raises DeviceError where others hold all of them.
     """
-    return _usable(inventory, _Need(1, total_gpus, None, None, gpu_pick))[0]
+    return usable_of(inventory, Need(1, total_gpus, None, None, gpu_pick))[0]
 
 
 def worker_environment(allocation: WorkerAllocation) -> dict[str, str]:
@@ -219,85 +228,9 @@ def tensor_parallel_note(
     )
 
 
-@dataclass(frozen=True, slots=True)
-class _Need:
-    """What was asked for."""
-
-    num_workers: int
-    total_gpus: int | None
-    gpus_per_worker: int | None
-    needed_bytes: int | None
-    gpu_pick: GpuPick
-
-
 def _on_cpu(num_workers: int, num_threads: int, *notes: str) -> Allocation:
     workers = tuple(WorkerAllocation(worker=i, num_threads=num_threads) for i in range(num_workers))
     return Allocation(workers=workers, gpus_per_worker=0, notes=notes)
-
-
-def _gpus_each(usable: Sequence[Gpu], num_workers: int, asked: int | None) -> int:
-    """GPUs for each worker; 0 where there are fewer than workers."""
-    each = asked or len(usable) // num_workers
-    # MIG user guide, "CUDA device enumeration": a process can enumerate a single compute instance,
-    # and no whole GPU beside it.
-    return min(each, 1) if any(gpu.is_mig for gpu in usable[: each * num_workers]) else each
-
-
-def _usable(inventory: GpuInventory, need: _Need) -> tuple[list[Gpu], list[str]]:
-    """The GPUs to share out, at least one, and the lines about the others."""
-    kept, left_out = _pick(inventory.gpus, need)
-    notes = [*inventory.notes, *left_out]
-    if not kept:
-        raise DeviceError(
-            "\n".join(
-                [
-                    f"None of the {len(inventory.gpus)} visible GPU(s) has room. Wait for one, or"
-                    " take them as they are with --gpu_pick all, or run with --device cpu.",
-                    *notes,
-                ]
-            )
-        )
-    if need.total_gpus is not None and need.total_gpus > len(kept):
-        notes.append(
-            f"--total_gpus is {need.total_gpus}, but {len(kept)} can be used: using {len(kept)}."
-        )
-    return kept[: need.total_gpus], notes
-
-
-def _pick(gpus: Sequence[Gpu], need: _Need) -> tuple[list[Gpu], list[str]]:
-    """The GPUs with room, and a line for each of the others."""
-    kept = list(gpus)
-    if need.gpu_pick == "all":
-        return kept, []
-    while True:
-        # A GPU left out can make the shares of a worker fewer and so what each must hold more:
-        # again, until nothing changes.
-        each = max(1, _gpus_each(kept[: need.total_gpus], need.num_workers, need.gpus_per_worker))
-        least = None if need.needed_bytes is None else -(-need.needed_bytes // each)
-        free = [gpu for gpu in kept if _has_room(gpu, least)]
-        if len(free) == len(kept):
-            return kept, [_why_left_out(gpu, least) for gpu in gpus if gpu not in kept]
-        kept = free
-
-
-def _has_room(gpu: Gpu, least_bytes: int | None) -> bool:
-    if not gpu.total_bytes:
-        return not gpu.holders
-    return gpu.free_bytes >= (
-        gpu.total_bytes * FREE_FRACTION if least_bytes is None else least_bytes
-    )
-
-
-def _why_left_out(gpu: Gpu, least_bytes: int | None) -> str:
-    memory = (
-        f"{gib(gpu.free_bytes)} of {gib(gpu.total_bytes)} free" if gpu.total_bytes else "in use"
-    )
-    if least_bytes is not None and gpu.total_bytes:
-        memory += f", the model needs {gib(least_bytes)} on it"
-    if least_bytes is not None and gpu.total_bytes and least_bytes > gpu.total_bytes:
-        return f"GPU {gpu.label} ({gpu.name}) is too small: {memory} (more GPUs per worker help)."
-    holders = "; ".join(gpu.holders) or "processes that NVML does not show"
-    return f"GPU {gpu.label} ({gpu.name}) is left out: {memory}; held by {holders}."
 
 
 def _too_few(num_gpus: int, num_workers: int, each: int, total_gpus: int | None) -> str:
@@ -336,10 +269,24 @@ def _least_share(workers: Sequence[WorkerAllocation]) -> int | None:
     return min((share for share in shares if share is not None), default=None)
 
 
-def _sharing_note(usable: Sequence[Gpu], workers: Sequence[WorkerAllocation], need: _Need) -> str:
+def _check_exclusive(workers: Sequence[WorkerAllocation], need: Need) -> None:
+    """Raises DeviceError where several workers would share a GPU that only one process may use."""
+    for worker in workers:
+        (gpu,) = worker.gpus
+        if worker.share > 1 and gpu.compute_mode == "exclusive" and need.gpu_pick == "free":
+            num_gpus = len({other.gpus[0].uuid for other in workers})
+            raise DeviceError(
+                f"GPU {gpu.label} ({gpu.name}) lets one process use it at a time (its compute mode"
+                f" is exclusive), but {worker.share} workers would share it. Use --num_workers"
+                f" {num_gpus} or fewer, or nvidia-smi -c DEFAULT; where MPS shares it, --gpu_pick"
+                " all."
+            )
+
+
+def _sharing_note(usable: Sequence[Gpu], workers: Sequence[WorkerAllocation], need: Need) -> str:
     """The warning; DeviceError where the model cannot fit into the share."""
     least = _least_share(workers)
-    needed = need.needed_bytes or 0
+    needed = need.least_bytes(1) or 0
     if least is not None and least < needed and need.gpu_pick == "free":
         fitting = len(usable)  # one worker each fits, or the GPU would have been left out
         while (_least_share(_round_robin(usable, fitting + 1, 1)) or 0) >= needed:

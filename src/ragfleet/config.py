@@ -89,11 +89,13 @@ class RunConfig:
     gpus_per_worker: int | None = None
     """GPUs that each worker may use (empty: total_gpus // num_workers)."""
     gpu_pick: GpuPick = "free"
-    """free: leave out GPUs whose memory others hold; all: take every visible GPU."""
+    """free: idle GPUs first, then those with room beside others' jobs, never those of another run
+    of ragfleet; all: take every visible GPU as it is."""
     device: Device = "auto"
     """auto: GPUs if there are any; cpu: never touch a GPU."""
     precision: Precision = "auto"
-    """Number format of the weights (auto: the checkpoint's own on a GPU, fp32 on CPU)."""
+    """Number format of the weights (auto: the checkpoint's own on a GPU, but fp16 where that has no
+    bf16; fp32 on CPU)."""
     seed: int | None = None
     """Seed of the run; each record draws from its own stream, whatever worker answers it."""
     stop: tuple[str, ...] = ()

@@ -1,9 +1,10 @@
 """GPUs: which there are, who holds them, which of them an outer setting lets us see.
 
-Owns discovery through NVML and the reading of CUDA_VISIBLE_DEVICES; `ragfleet.allocation` shares
-out what is found here. It must not import torch (the parent that calls it sets the workers'
-environment before any of them does) and knows nothing of workers, engines or files. Only
-`discover_gpus` touches the machine; all else is a function of its arguments.
+Owns discovery through NVML and the reading of CUDA_VISIBLE_DEVICES; what is found is an
+`inventory.GpuInventory`, and `ragfleet.allocation` shares it out. It must not import torch (the
+parent that calls it sets the workers' environment before any of them does) and knows nothing of
+workers, engines or files. Only `discover_gpus` touches the machine; all else is a function of its
+arguments.
 """
 
 from __future__ import annotations
@@ -11,63 +12,35 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Final
 
 from ragfleet.errors import DeviceError
+from ragfleet.inventory import GIB, ComputeMode, Gpu, GpuInventory, fake_inventory, gib
 
-GIB = 1 << 30
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Gpu:
-    """One device that a process can be given: a whole GPU, or one MIG instance of it."""
-
-    index: int
-    """nvidia-smi's number of the (physical) GPU."""
-    uuid: str
-    """`GPU-…`, or `MIG-…` for an instance."""
-    name: str
-    total_bytes: int
-    """0 where NVML cannot say, as on machines whose GPU shares the system's memory."""
-    free_bytes: int
-    holders: tuple[str, ...] = ()
-    """Processes on it: 'pid 1234 (python), 20.1 GiB'. Other containers' processes don't show."""
-    parent_uuid: str | None = None
-    """MIG only: the UUID of the physical GPU."""
-    mig_name: str | None = None
-    """MIG only: the older name, `MIG-GPU-<uuid>/<GPU instance>/<compute instance>`."""
-
-    @property
-    def is_mig(self) -> bool:
-        return self.parent_uuid is not None
-
-    @property
-    def label(self) -> str:
-        """Short, for tables: '3', or '0/MIG-1a2b3c4d'."""
-        return f"{self.index}/{self.uuid[:12]}" if self.is_mig else str(self.index)
+__all__ = [
+    "GIB",
+    "Gpu",
+    "GpuInventory",
+    "discover_gpus",
+    "explain_torch_blind",
+    "fake_inventory",
+    "gib",
+    "visible_gpus",
+]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class GpuInventory:
-    """GPUs in the order in which workers get them."""
-
-    gpus: tuple[Gpu, ...] = ()
-    driver: str | None = None
-    """Version of the NVIDIA driver, '550.54.15'."""
-    cuda_driver: str | None = None
-    """Newest CUDA the driver supports, '12.4'."""
-    reason: str | None = None
-    """Why `gpus` is empty."""
-    failed: bool = False
-    """Empty for a fault, not for want of a GPU: CPU must not be taken in silence."""
-    notes: tuple[str, ...] = ()
-    """Lines for the run's header: what was left out and why."""
-
-
-def gib(num_bytes: int) -> str:
-    return f"{num_bytes / GIB:.1f} GiB"
+_COMPUTE_MODES: Final[Mapping[int, ComputeMode]] = {
+    0: "default",
+    1: "exclusive",  # for each thread, which is long gone
+    2: "prohibited",
+    3: "exclusive",
+}
+_PROCESS_LISTINGS: Final = (
+    "nvmlDeviceGetComputeRunningProcesses",
+    "nvmlDeviceGetGraphicsRunningProcesses",
+)
 
 
 def discover_gpus(nvml: Any = None) -> GpuInventory:
@@ -111,46 +84,50 @@ def _broken(error: Exception) -> GpuInventory:
 
 
 def _read_inventory(nvml: Any) -> GpuInventory:
-    cuda_driver = _ask(nvml, None, nvml.nvmlSystemGetCudaDriverVersion_v2)
+    cuda_driver = _ask(nvml, None, "nvmlSystemGetCudaDriverVersion_v2")
     gpus: list[Gpu] = []
     notes: list[str] = []
+    skipped: set[int] = set()
     count = nvml.nvmlDeviceGetCount()
     for index in range(count):
         try:
             handle = nvml.nvmlDeviceGetHandleByIndex(index)
-            if _ask(nvml, (0, 0), nvml.nvmlDeviceGetMigMode, handle)[0] == 1:
+            if _ask(nvml, (0, 0), "nvmlDeviceGetMigMode", handle)[0] == 1:
                 instances = _read_mig_instances(nvml, handle, index)
                 if not instances:
                     notes.append(f"GPU {index} is left out: MIG mode is on and it has no instance.")
+                    skipped.add(index)
                 gpus += instances
             else:
                 gpus.append(_read_gpu(nvml, handle, index))
         except nvml.NVMLError as error:
             # One lost or forbidden GPU must not cost the others.
             notes.append(f"GPU {index} is left out: NVML says {error}.")
+            skipped.add(index)
     reason = None
     if not gpus:
         reason = " ".join(notes) if notes else "the NVIDIA driver lists no GPU."
     return GpuInventory(
         gpus=tuple(gpus),
-        driver=_ask(nvml, None, nvml.nvmlSystemGetDriverVersion),
+        driver=_ask(nvml, None, "nvmlSystemGetDriverVersion"),
         cuda_driver=f"{cuda_driver // 1000}.{cuda_driver % 1000 // 10}" if cuda_driver else None,
         reason=reason,
         failed=not gpus and count > 0,
         notes=tuple(notes) if gpus else (),
+        skipped=frozenset(skipped),
     )
 
 
 def _read_mig_instances(nvml: Any, parent: Any, index: int) -> list[Gpu]:
-    parent_uuid = nvml.nvmlDeviceGetUUID(parent)
+    parent_uuid = _text(nvml.nvmlDeviceGetUUID(parent))
     instances = []
-    for position in range(_ask(nvml, 0, nvml.nvmlDeviceGetMaxMigDeviceCount, parent)):
+    for position in range(_ask(nvml, 0, "nvmlDeviceGetMaxMigDeviceCount", parent)):
         try:
             handle = nvml.nvmlDeviceGetMigDeviceHandleByIndex(parent, position)
         except nvml.NVMLError:  # positions need not be filled
             continue
-        gpu_instance = _ask(nvml, None, nvml.nvmlDeviceGetGpuInstanceId, handle)
-        compute_instance = _ask(nvml, None, nvml.nvmlDeviceGetComputeInstanceId, handle)
+        gpu_instance = _ask(nvml, None, "nvmlDeviceGetGpuInstanceId", handle)
+        compute_instance = _ask(nvml, None, "nvmlDeviceGetComputeInstanceId", handle)
         instances.append(
             replace(
                 _read_gpu(nvml, handle, index),
@@ -167,41 +144,55 @@ def _read_gpu(nvml: Any, handle: Any, index: int) -> Gpu:
         total_bytes, free_bytes = int(memory.total), int(memory.free)
     except nvml.NVMLError_NotSupported:
         total_bytes = free_bytes = 0
+    holders, displays = _read_holders(nvml, handle)
+    mode = _ask(nvml, 0, "nvmlDeviceGetComputeMode", handle)
+    capability = _ask(nvml, None, "nvmlDeviceGetCudaComputeCapability", handle)
     return Gpu(
         index=index,
-        uuid=nvml.nvmlDeviceGetUUID(handle),
-        name=_ask(nvml, "NVIDIA GPU", nvml.nvmlDeviceGetName, handle),
+        uuid=_text(nvml.nvmlDeviceGetUUID(handle)),
+        name=_ask(nvml, "NVIDIA GPU", "nvmlDeviceGetName", handle),
         total_bytes=total_bytes,
         free_bytes=free_bytes,
-        holders=_read_holders(nvml, handle),
+        holders=holders,
+        displays=displays,
+        compute_mode=_COMPUTE_MODES.get(mode, "default"),
+        compute_capability=None if capability is None else tuple(capability),
     )
 
 
-def _read_holders(nvml: Any, handle: Any) -> tuple[str, ...]:
+def _read_holders(nvml: Any, handle: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """(all processes on it, those of them that only draw)."""
     used_bytes: dict[int, int] = {}
-    for listing in (
-        nvml.nvmlDeviceGetComputeRunningProcesses,
-        nvml.nvmlDeviceGetGraphicsRunningProcesses,
-    ):
+    computing: set[int] = set()
+    for listing in _PROCESS_LISTINGS:
         for process in _ask(nvml, (), listing, handle):
             # A process can be in both lists, with the same memory.
             known = used_bytes.get(process.pid, 0)
             used_bytes[process.pid] = max(known, process.usedGpuMemory or 0)
-    holders = []
+            if listing == _PROCESS_LISTINGS[0]:
+                computing.add(process.pid)
+    holders, displays = [], []
     for pid, used in sorted(used_bytes.items()):
         # The name can come with arguments; those are nobody's business (and may hold keys).
-        path = str(_ask(nvml, "", nvml.nvmlSystemGetProcessName, pid)).split(" ")[0]
+        path = str(_ask(nvml, "", "nvmlSystemGetProcessName", pid)).split(" ")[0]
         name = f" ({os.path.basename(path)})" if path else ""
         holders.append(f"pid {pid}{name}" + (f", {gib(used)}" if used else ""))
-    return tuple(holders)
+        if pid not in computing:
+            displays.append(holders[-1])
+    return tuple(holders), tuple(displays)
 
 
-def _ask(nvml: Any, default: Any, function: Callable[..., Any], *arguments: Any) -> Any:
+def _ask(nvml: Any, default: Any, name: str, *arguments: Any) -> Any:
     """A fact that can be done without: `default` where the GPU or the driver does not give it."""
     try:
-        return function(*arguments)
-    except (nvml.NVMLError, UnicodeDecodeError):  # process names need not be UTF-8
+        # Bindings differ in what they have, and older ones give bytes for text.
+        return _text(getattr(nvml, name)(*arguments))
+    except (nvml.NVMLError, AttributeError, UnicodeDecodeError):  # names need not be UTF-8
         return default
+
+
+def _text(value: Any) -> Any:
+    return value.decode("utf-8", "replace") if isinstance(value, bytes) else value
 
 
 def visible_gpus(inventory: GpuInventory, cuda_visible_devices: str | None) -> GpuInventory:
@@ -211,8 +202,9 @@ def visible_gpus(inventory: GpuInventory, cuda_visible_devices: str | None) -> G
     behaviour that torch.cuda's parser reproduces): None is no restriction; ordinals, UUIDs and MIG
     names don't mix, the first entry decides; UUIDs may be cut to any unique prefix; an entry that
     names nothing ends the list (so '' and '-1' hide all); a repeated entry hides all. The ordinal
-    or UUID of a GPU in MIG mode means its first instance. One thing differs: of several MIG names
-    CUDA shows a process only the first, but here they are shared out, one to a worker.
+    or UUID of a GPU in MIG mode means its first instance. Two things differ: of several MIG names
+    CUDA shows a process only the first, but here they are shared out, one to a worker; and the
+    ordinal of a GPU that is there and can't be opened (`skipped`) is passed over.
     """
     if cuda_visible_devices is None or not inventory.gpus:
         return inventory
@@ -224,6 +216,8 @@ def visible_gpus(inventory: GpuInventory, cuda_visible_devices: str | None) -> G
     table = _names_of(inventory.gpus, kind)
     chosen: list[Gpu] = []
     for name in names:
+        if kind == "ordinal" and int(name) in inventory.skipped:
+            continue
         gpu = _look_up(table, name, prefixes=kind != "ordinal")
         if gpu is None:
             stopper = name
@@ -231,9 +225,12 @@ def visible_gpus(inventory: GpuInventory, cuda_visible_devices: str | None) -> G
         chosen.append(gpu)
     repeated = len(set(names)) < len(names) or len({gpu.uuid for gpu in chosen}) < len(chosen)
     if repeated or not chosen:
-        why = (
-            "names a GPU twice" if repeated else f"starts with {stopper!r}, no GPU of this machine"
-        )
+        why = f"starts with {stopper!r}, no GPU of this machine"
+        if repeated:
+            why = "names a GPU twice"
+        elif stopper is None:
+            lost = " ".join(inventory.notes)
+            return replace(inventory, gpus=(), reason=f"{setting}: {lost}", failed=True)
         reason = f"{setting} {why}, and CUDA then shows none; correct or unset it."
         return replace(inventory, gpus=(), reason=reason, failed=True)
     notes = list(inventory.notes)
@@ -326,52 +323,3 @@ def explain_torch_blind(
 
 def _major(version: str) -> int:
     return int(version.split(".", maxsplit=1)[0])
-
-
-def fake_inventory(
-    count: int,
-    total_gib: float = 80,
-    *,
-    busy: Mapping[int, str] | None = None,
-    mig: Mapping[int, int] | None = None,
-) -> GpuInventory:
-    """A machine that isn't there, for tests and dry runs.
-
-    `busy` maps a GPU's index to its holder, 'pid 7 (python), 70 GiB': that much is not free (all of
-    it where no size is named). `mig` maps an index to the number of instances it is split into.
-    """
-    gpus: list[Gpu] = []
-    for index in range(count):
-        total_bytes = int(total_gib * GIB)
-        holder = (busy or {}).get(index)
-        size = re.search(r"([\d.]+) GiB", holder or "")
-        used_bytes = int(float(size[1]) * GIB) if size else total_bytes if holder else 0
-        whole = Gpu(
-            index=index,
-            uuid=f"GPU-{index:08x}-fa4e-4000-8000-{index:012x}",
-            name="Fake GPU",
-            total_bytes=total_bytes,
-            free_bytes=max(0, total_bytes - used_bytes),
-            holders=(holder,) if holder else (),
-        )
-        num_instances = (mig or {}).get(index)
-        if num_instances is None:
-            gpus.append(whole)
-            continue
-        for position in range(num_instances):
-            gpus.append(
-                replace(
-                    whole,
-                    uuid=f"MIG-{index:04x}{position:04x}-fa4e-4000-8000-{index:012x}",
-                    total_bytes=whole.total_bytes // num_instances,
-                    free_bytes=whole.free_bytes // num_instances,
-                    parent_uuid=whole.uuid,
-                    mig_name=f"MIG-{whole.uuid}/{position + 1}/0",
-                )
-            )
-    return GpuInventory(
-        gpus=tuple(gpus),
-        driver="550.54.15",
-        cuda_driver="12.4",
-        reason=None if gpus else "no NVIDIA driver (fake).",
-    )

@@ -9,6 +9,7 @@ from ragfleet.estimates import Prefill
 from ragfleet.index import Kind
 from ragfleet.plan import Plan
 from ragfleet.planning import Finished, Indexed
+from ragfleet.precision import resolve_precision
 from ragfleet.preparation import Preparation, pocket_folder
 
 
@@ -114,7 +115,10 @@ def _model(preparation: Preparation) -> str:
     elif preparation.model_dir is None:
         base = "none"
     else:
-        origin = "checkpoint's own" if preparation.allocation.gpus_per_worker else "on CPU"
+        origin = "on CPU"
+        if preparation.allocation.gpus_per_worker:
+            own = resolve_precision(config, preparation.model_dir, True)
+            origin = "checkpoint's own" if own == preparation.precision else f"no {own} here"
         why = f" ({origin})" if config.precision == "auto" else ""
         name = config.model_path
         if preparation.model_dir == pocket_folder():

@@ -13,6 +13,8 @@ from typing import Final
 from ragfleet.errors import ConfigError, ModelError
 
 _WANTED: Final = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken"]
+_SECOND_LAYOUT: Final = "consolidated*.safetensors"
+"""The same weights once more, for other libraries."""
 _REPO_ID: Final = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -36,7 +38,12 @@ def download(model_id: str, trust_remote_code: bool) -> Path:
         ) from None
     wanted = [*_WANTED, "*.py"] if trust_remote_code else _WANTED
     try:
-        return Path(snapshot_download(model_id, allow_patterns=wanted))
+        folder = snapshot_download(
+            model_id, allow_patterns=wanted, ignore_patterns=[_SECOND_LAYOUT]
+        )
+        if not any(Path(folder).glob("*.safetensors")):
+            folder = snapshot_download(model_id, allow_patterns=wanted)
+        return Path(folder)
     except errors.GatedRepoError:
         raise ModelError(
             f"The Hub model {model_id} is gated: ask for access on its page, then set HF_TOKEN."

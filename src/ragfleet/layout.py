@@ -17,7 +17,7 @@ from typing import Final, Literal
 
 from ragfleet.allocation import tensor_parallel_size
 from ragfleet.errors import DeviceError
-from ragfleet.gpus import gib
+from ragfleet.inventory import gib
 
 Split = Literal["heads", "layers"]
 """heads: tensor parallel, the GPUs of a worker compute together; layers: they take turns."""
@@ -189,12 +189,17 @@ def choose_layout(
     )
 
 
-def faster_layout(current: Layout, found: Sequence[Layout]) -> str | None:
-    """The line about a split that would be faster than the current one, where there is any."""
+def faster_layout(
+    current: Layout, found: Sequence[Layout], flag: str = "--num_workers"
+) -> str | None:
+    """The line about a split that would be faster than the current one, where there is any.
+
+    `flag`: with which the number of workers is asked for.
+    """
     best = found[0] if found else None
     if best is None or not best.num_requests or best.name == current.name:
         return None
-    option = f"--num_workers {best.num_workers}"
+    option = f"{flag} {best.num_workers}"
     if not current.num_requests:
         return f"{current.name} does not fit: {current.arithmetic()}; {best.name} does ({option})."
     ratio = best.requests_per_s / current.requests_per_s
@@ -224,6 +229,20 @@ def cpu_workers(
     if fitting < workers:
         why += f", but memory holds {fitting}: {gib(each)} each of {gib(available_bytes)} available"
     return min(workers, fitting), f"{min(workers, fitting)} workers: {why}."
+
+
+def check_memory(num_workers: int, available_bytes: int | None, weights_bytes: int) -> None:
+    """Raises DeviceError where the weights alone, once for each worker, exceed the memory."""
+    total_bytes = num_workers * weights_bytes
+    if available_bytes is None or total_bytes <= available_bytes:
+        return
+    fitting = available_bytes // weights_bytes
+    way = f"Use --num_workers {fitting} or fewer, or take" if fitting else "Take"
+    raise DeviceError(
+        f"The model does not fit into memory on the CPU: {num_workers} worker(s) × weights"
+        f" {gib(weights_bytes)} = {gib(total_bytes)}, of {gib(available_bytes)} available. {way} a"
+        " smaller model, or GPUs."
+    )
 
 
 def _activation_bytes(model: ModelSize, demand: Demand, num_ways: int) -> int:

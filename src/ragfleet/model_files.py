@@ -1,7 +1,7 @@
 """What a model's folder says about itself, without loading it.
 
-Owns the reading of config.json, generation_config.json and the tokenizer's side files. Knows
-nothing of weights, tokenizers or prompts.
+Owns the reading of config.json, generation_config.json, the tokenizer's side files, and which
+files the weights are in and how large they get. Knows nothing of tokenizers or prompts.
 """
 
 from __future__ import annotations
@@ -21,6 +21,9 @@ CONVERT = (
     " t.AutoModelForCausalLM.from_pretrained(a, dtype='auto').save_pretrained(b);"
     ' t.AutoTokenizer.from_pretrained(a).save_pretrained(b)" {folder} {folder}-safetensors'
 )
+_INDEX = "model.safetensors.index.json"
+_SINGLE = "model.safetensors"
+_PLAIN_DTYPES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 _POINTER = b"version https://git-lfs"
 _CONTEXT_LIMIT_KEYS = (
     "max_position_embeddings",
@@ -49,18 +52,14 @@ def check_weights(model_dir: Path) -> None:
     """Raises ModelError unless the folder holds a config and all of its safetensors files."""
     if not (model_dir / "config.json").is_file():
         raise ModelError(f"{model_dir}/config.json is missing: this is not a model folder.")
-    index = read_json(model_dir / "model.safetensors.index.json")
-    names = sorted(set(index.get("weight_map", {}).values())) or sorted(
-        path.name for path in model_dir.glob("*.safetensors")
-    )
-    for name in names:
-        file = model_dir / name
+    files = weight_files(model_dir)
+    for file in files:
         if not file.is_file():
             raise ModelError(f"{file} is missing, but the index names it; finish the download.")
         with file.open("rb") as opened:
             if opened.read(len(_POINTER)) == _POINTER:
                 raise ModelError(f"{file} is a git-lfs pointer; run `git lfs pull` in the folder.")
-    if names:
+    if files:
         return
     if any(model_dir.glob("*.bin")) or any(model_dir.glob("*.pt*")):
         raise ModelError(
@@ -68,6 +67,47 @@ def check_weights(model_dir: Path) -> None:
             f" code; if you trust them, convert once:\n{CONVERT.format(folder=model_dir)}"
         )
     raise ModelError(f"{model_dir}: there is no *.safetensors file here; finish the download.")
+
+
+def weight_files(model_dir: Path) -> list[Path]:
+    """The files that hold a model's weights: those its index names, else the single one, else all.
+
+    Some folders hold them twice, in the layout of another library (consolidated.safetensors).
+    """
+    names = set(read_json(model_dir / _INDEX).get("weight_map", {}).values())
+    if names:
+        return [model_dir / name for name in sorted(names)]
+    single = model_dir / _SINGLE
+    return [single] if single.is_file() else sorted(model_dir.glob("*.safetensors"))
+
+
+def weights_bytes(model_dir: Path, dtype_bytes: int) -> int:
+    """Memory of the weights once loaded: plain tensors with `dtype_bytes` for each number, packed
+    ones (of quantised models) as they are.
+
+    Reads the headers of the files. Raises ModelError for a broken one.
+    """
+    total = 0
+    for path in weight_files(model_dir):
+        for tensor in _header(path).values():
+            first, end = tensor.get("data_offsets", (0, 0))
+            stored = end - first
+            kind = tensor.get("dtype", "")
+            if kind in _PLAIN_DTYPES:
+                stored = stored // _PLAIN_DTYPES[kind] * dtype_bytes
+            total += stored
+    return total
+
+
+def _header(path: Path) -> dict[str, Any]:
+    try:
+        with open(path, "rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(min(size, 1 << 28)))
+        header.pop("__metadata__", None)
+        return dict(header)
+    except (OSError, ValueError, AttributeError) as error:
+        raise ModelError(f"{path} is not a safetensors file ({error}); get it again.") from None
 
 
 def context_limit(model_dir: Path) -> int | None:

@@ -18,26 +18,23 @@ from ragfleet.allocation import Allocation
 from ragfleet.config import RunConfig
 from ragfleet.engines.protocol import PromptSettings
 from ragfleet.engines.vllm_options import answers_depend_on, choose_engine, find_vllm
-from ragfleet.errors import ConfigError, ModelError, OutputError
+from ragfleet.errors import ConfigError, DeviceError, ModelError, OutputError
+from ragfleet.gpu_locks import GpuLocks
 from ragfleet.gpus import discover_gpus, visible_gpus
 from ragfleet.identity import Identity, RunFile, model_parts, now, read_run_file
 from ragfleet.launch import RunPaths
 from ragfleet.launchers.torchrun import TorchrunRank
 from ragfleet.model_files import chat_template, check_weights, read_json
+from ragfleet.precision import Precision, precision_on, resolve_precision
 from ragfleet.prompts import DEFAULT_SYSTEM_PROMPT, check_template, template_fields
 from ragfleet.remote.secret import key_notes, read_key
 from ragfleet.remote.spec import DEFAULT_CONCURRENCY, PROVIDERS, ProviderName, RemoteSpec
-from ragfleet.seating import Seating, seat
+from ragfleet.seating import Seating, seat_alone
 from ragfleet.shards import is_own_name
 
 POCKET: Final = "pocket"
 """The name of the demo model that this package brings along."""
 EngineKind = Literal["transformers", "vllm", "openai_compatible", "echo"]
-_DTYPES: Final[Mapping[str, Literal["fp32", "fp16", "bf16"]]] = {
-    "float32": "fp32",
-    "float16": "fp16",
-    "bfloat16": "bf16",
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +47,7 @@ class Preparation:
     engine: EngineKind
     remote: RemoteSpec | None
     model_dir: Path | None
-    precision: Literal["fp32", "fp16", "bf16"]
+    precision: Precision
     prompts: PromptSettings
     key_fields: list[str] | None
     identity: Identity
@@ -78,10 +75,15 @@ def prepare(
     environ: Mapping[str, str],
     torchrun: TorchrunRank | None = None,
     needs_key: bool = True,
+    needs_seats: bool = True,
+    gpu_locks: GpuLocks | None = None,
 ) -> Preparation:
     """Raises a UsageError for whatever can be told without loading a model.
 
-    `needs_key` False: nothing will be asked of a remote API.
+    Args:
+        needs_key: False where nothing will be asked of a remote API.
+        needs_seats: False where nothing will be computed: GPUs and memory don't matter.
+        gpu_locks: keep others off the GPUs that are given out; None: only look at who has them.
     """
     check_paths(config)
     paths = RunPaths(config.output_file.absolute())
@@ -105,24 +107,26 @@ def prepare(
         environ=environ,
         inventory=visible_gpus(discover_gpus(), environ.get("CUDA_VISIBLE_DEVICES")),
         model_dir=model_dir,
-        needs_no_gpu=needs_no_gpu,
+        needs_no_gpu=needs_no_gpu or not needs_seats,
         is_remote=remote is not None,
         gpu_precision=resolve_precision(config, model_dir, True),
         cpu_precision=resolve_precision(config, model_dir, False),
     )
-    engine: EngineKind = "openai_compatible" if remote is not None else "echo"
-    if not needs_no_gpu:
-        engine, why = choose_engine(
-            config.engine,
-            not seating.on_cpu,
-            find_vllm(),
-            config.engine_options,
-            seeded=config.seed is not None and config.temperature > 0,
-        )
-        notes += [why] if why and model_dir is not None else []
+    engine, why = _engine_of(seating)
+    notes += [why] if why and model_dir is not None else []
     notes += _unused(config, engine)
-    num_workers, allocation, seat_notes = seat(replace(seating, splits_heads=engine == "vllm"))
-    precision = resolve_precision(config, model_dir, allocation.gpus_per_worker > 0)
+    num_workers, allocation, seat_notes = seat_alone(
+        replace(seating, splits_heads=engine == "vllm"),
+        gpu_locks or GpuLocks(),
+        take=gpu_locks is not None,
+    )
+    precision, precision_notes = precision_on(
+        allocation.gpus,
+        resolve_precision(config, model_dir, allocation.gpus_per_worker > 0),
+        engine,
+        is_auto=config.precision == "auto",
+    )
+    notes += precision_notes
     run_file = None if config.overwrite else read_run_file(paths)
     uses_clock = prints_date(model_dir)
     clock = run_file.clock if run_file is not None else now()
@@ -173,6 +177,36 @@ def prepare(
         class_hash=class_hash,
         notes=[*notes, *seat_notes, *allocation.notes],
     )
+
+
+def _engine_of(seating: Seating) -> tuple[EngineKind, str | None]:
+    """The engine, and the line that says why it is that one. Raises ConfigError and DeviceError."""
+    config = seating.config
+    if seating.needs_no_gpu:
+        return ("openai_compatible" if seating.is_remote else "echo"), None
+
+    def choose(asked: str) -> tuple[EngineKind, str | None]:
+        return choose_engine(
+            asked,
+            not seating.on_cpu,
+            find_vllm(),
+            config.engine_options,
+            seeded=config.seed is not None and config.temperature > 0,
+        )
+
+    engine, why = choose(config.engine)
+    # vLLM takes the number of an instance for that of a GPU, and finds none of that number.
+    if engine != "vllm" or not any(gpu.is_mig for gpu in seating.inventory.gpus):
+        return engine, why
+    _, allocation, _ = seat_alone(replace(seating, splits_heads=True), GpuLocks(), take=False)
+    if not any(gpu.is_mig for gpu in allocation.gpus):
+        return engine, why
+    if config.engine == "vllm":
+        raise DeviceError(
+            "--engine vllm can't use MIG instances, and workers would get some. Use --engine"
+            " transformers, or name whole GPUs in CUDA_VISIBLE_DEVICES."
+        )
+    return choose("transformers")[0], "Engine: transformers; vLLM can't use MIG instances."
 
 
 def _unused(config: RunConfig, engine: EngineKind) -> list[str]:
@@ -299,19 +333,6 @@ def find_model(config: RunConfig) -> Path | None:
 def pocket_folder() -> Path:
     """The demo model's folder: only files, no module."""
     return Path(__file__).parent / "pocket"
-
-
-def resolve_precision(
-    config: RunConfig, model_dir: Path | None, on_gpu: bool
-) -> Literal["fp32", "fp16", "bf16"]:
-    if config.precision != "auto":
-        return config.precision
-    if not on_gpu or model_dir is None:
-        return "fp32"
-    found = read_json(model_dir / "config.json")
-    text = found.get("text_config") or {}
-    name = found.get("dtype") or found.get("torch_dtype") or text.get("dtype")
-    return _DTYPES.get(str(name), "bf16")
 
 
 def prints_date(model_dir: Path | None) -> bool:

@@ -35,7 +35,7 @@ def rendered_prompt(config: RunConfig, identifier: str) -> tuple[str, str]:
         InputError: no such record, or it gets a failure row instead of a prompt.
         ConfigError: the user's class fails, or asks what only its own code knows.
     """
-    preparation = prepare(config, os.environ, None)
+    preparation = prepare(config, os.environ, None, needs_seats=False)
     line, line_no = _find_line(config.contexts_file, identifier)
     head = parse_head(line)
     if not isinstance(head, Head):

@@ -34,6 +34,7 @@ from ragfleet.errors import (
 from ragfleet.estimates import Prefill, plan_requests
 from ragfleet.events import Event, OnEvent
 from ragfleet.follower import follow
+from ragfleet.gpu_locks import GpuLocks
 from ragfleet.header import header_lines, leftovers_line, resume_line
 from ragfleet.identity import (
     RunFile,
@@ -136,11 +137,15 @@ class _Run:
         # both believe that they are the first.
         # Once private, always private: a resume need not say it again.
         self.private = self.config.private or is_private(paths)
-        with RunLock(paths, self.launch_id, private=self.private) as lock:
+        # GPUs are this run's until it is over, whoever starts meanwhile.
+        with (
+            GpuLocks() as gpu_locks,
+            RunLock(paths, self.launch_id, private=self.private) as lock,
+        ):
             if lock.ended:
                 self.say(Event("note", leftovers_line(lock.ended)))
             try:
-                preparation = prepare(self.config, os.environ, self.rank)
+                preparation = prepare(self.config, os.environ, self.rank, gpu_locks=gpu_locks)
                 indexed = self.read_input(preparation)
                 if not self.config.overwrite:
                     finished = find_finished(indexed, paths.output_file)

@@ -7,23 +7,24 @@ loaded.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from ragfleet.allocation import Allocation, allocate, usable_gpus
 from ragfleet.config import RunConfig
 from ragfleet.errors import ConfigError, DeviceError, ModelError
-from ragfleet.gpus import GpuInventory
+from ragfleet.gpu_locks import GpuLocks
+from ragfleet.inventory import GpuInventory, gib, reserved
 from ragfleet.launchers.torchrun import TorchrunRank
 from ragfleet.layout import (
     Demand,
     ModelSize,
     Split,
+    check_memory,
     choose_layout,
     cpu_workers,
     divides,
@@ -31,7 +32,7 @@ from ragfleet.layout import (
     layout_of,
     layouts,
 )
-from ragfleet.model_files import context_limit, read_json
+from ragfleet.model_files import context_limit, read_json, weights_bytes
 
 _WANTED_REQUESTS: Final = 64
 """In flight at a worker, so that reading the weights is shared by many."""
@@ -39,8 +40,8 @@ _SAMPLED_BYTES: Final = 1 << 20
 _BYTES_PER_TOKEN: Final = 3.5
 _FRAME_TOKENS: Final = 60
 """System prompt, heading and chat template around a record."""
-_PLAIN_DTYPES: Final = ("F64", "F32", "F16", "BF16")
-_DTYPE_BYTES: Final = {"F64": 8, "F32": 4, "I64": 8, "I32": 4, "F16": 2, "BF16": 2, "I16": 2}
+_CPU_SIZED_BYTES: Final = 4 << 30
+"""Weights, in fp32 a billion parameters, that a CPU still answers with in bearable time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +81,31 @@ class Seating:
         )
 
 
+def seat_alone(
+    seating: Seating, locks: GpuLocks, *, take: bool
+) -> tuple[int, Allocation, list[str]]:
+    """`seat`, on GPUs that no other run of ragfleet has been given.
+
+    `take`: theirs from now on, until `locks` are released; else they are only looked at.
+    """
+    config = seating.config
+    if seating.on_cpu:
+        return seat(seating)
+    inventory = seating.inventory
+    if config.gpu_pick == "free":
+        inventory = reserved(inventory, locks.holders(gpu.uuid for gpu in inventory.gpus))
+    while True:
+        num_workers, allocation, notes = seat(replace(seating, inventory=inventory))
+        if not take:
+            return num_workers, allocation, notes
+        given = (gpu.uuid for gpu in allocation.gpus)
+        lost = locks.take(given, all_or_none=config.gpu_pick == "free")
+        if not lost or config.gpu_pick == "all":
+            return num_workers, allocation, [*notes, *([locks.note] if locks.note else [])]
+        # Another run was quicker. Each round marks at least one more, so this ends.
+        inventory = reserved(inventory, lost)
+
+
 def seat(seating: Seating) -> tuple[int, Allocation, list[str]]:
     """(number of workers, what each gets, lines for the header).
 
@@ -96,6 +122,8 @@ def seat(seating: Seating) -> tuple[int, Allocation, list[str]]:
     elif is_auto and not seating.inventory.failed:
         num_workers, gpus_per_worker, note = _auto_on_gpus(seating, sizes)
         notes.append(note)
+    if seating.on_cpu:
+        _check_cpu(seating, num_workers)
     allocation = allocate(
         seating.inventory,
         num_workers=num_workers,
@@ -105,11 +133,10 @@ def seat(seating: Seating) -> tuple[int, Allocation, list[str]]:
         gpu_pick=config.gpu_pick,
         device="cpu" if seating.needs_no_gpu else config.device,
         # What is chosen by the sums above takes GPUs that are free as a whole.
-        needed_bytes=None if is_auto else needed_bytes(seating.model_dir),
+        weights_bytes=None if is_auto else _weights(seating, seating.gpu_precision),
     )
-    if not is_auto and seating.torchrun is None:
-        on_cpu = seating.on_cpu
-        notes += _more_on_cpu(seating) if on_cpu else _faster(seating, allocation)
+    if not is_auto:
+        notes += _more_on_cpu(seating) if seating.on_cpu else _faster(seating, allocation)
     return num_workers, allocation, notes
 
 
@@ -135,12 +162,40 @@ def usable_cores() -> int:
     return os.cpu_count() or 1
 
 
-def needed_bytes(model_dir: Path | None) -> int | None:
-    """Memory a worker's GPUs must have free: the weights, a fifth more, and 1 GiB to work in."""
-    if model_dir is None:
+# ---- what is asked for, on the CPU
+
+
+def _check_cpu(seating: Seating, num_workers: int) -> None:
+    """Raises DeviceError where the CPU is no place for what was asked for."""
+    config, weights = seating.config, _weights(seating, seating.cpu_precision)
+    if weights is None or seating.needs_no_gpu:
+        return
+    asked = [
+        f"--{name} {value}"
+        for name in ("total_gpus", "gpus_per_worker")
+        if (value := getattr(config, name))
+    ]
+    if asked and weights > _CPU_SIZED_BYTES:
+        raise DeviceError(
+            f"{' and '.join(asked)}: no GPU can be used here:"
+            f" {seating.inventory.reason or 'there is none.'} On the CPU a model of {gib(weights)}"
+            f" ({seating.cpu_precision}) would take days. Start it where there are GPUs, or with"
+            f" --device cpu and without {' and '.join(word.split()[0] for word in asked)}."
+        )
+    # A class of the user's may never load the model.
+    if config.inference_class is None:
+        check_memory(num_workers, available_memory_bytes(), weights)
+
+
+def _weights(seating: Seating, precision: str) -> int | None:
+    """Bytes of the loaded weights; None where there are none, or they can't be read: then the
+    run's identity can't be made either, and says so better."""
+    if seating.model_dir is None:
         return None
-    weights = sum(path.stat().st_size for path in model_dir.glob("*.safetensors"))
-    return int(1.2 * weights) + (1 << 30) if weights else None
+    try:
+        return weights_bytes(seating.model_dir, _precision_bytes(precision)) or None
+    except ModelError:
+        return None
 
 
 # ---- auto
@@ -167,10 +222,12 @@ def _auto_on_gpus(seating: Seating, sizes: list[int] | None) -> tuple[int, int, 
     model = _model_size(seating)
     if any(gpu.is_mig for gpu in gpus):
         sizes = [1]
-    if model is None or not all(gpu.total_bytes for gpu in gpus):
+    has_memory = all(gpu.total_bytes for gpu in gpus)
+    if model is None or not has_memory:
         num_gpus = sizes[0] if sizes else 1
         workers = len(gpus) // num_gpus
-        return workers, num_gpus, f"auto: {workers}×{num_gpus}: the model's size is not known."
+        unknown = "the model's size" if has_memory else "the GPUs' memory"
+        return workers, num_gpus, f"auto: {workers}×{num_gpus}: {unknown} is not known."
     free = [gpu.free_bytes for gpu in gpus]
     layout = choose_layout(free, model, _demand(seating), seating.split, sizes)
     return layout.num_workers, layout.num_gpus, f"auto: {layout.name}: {layout.arithmetic()}."
@@ -178,7 +235,7 @@ def _auto_on_gpus(seating: Seating, sizes: list[int] | None) -> tuple[int, int, 
 
 def _more_on_cpu(seating: Seating) -> list[str]:
     """The line for who left the number of workers open where a model runs on several cores."""
-    is_open = seating.config.num_workers is None
+    is_open = seating.config.num_workers is None and seating.torchrun is None
     if not is_open or seating.model_dir is None or seating.needs_no_gpu or seating.is_remote:
         return []
     try:
@@ -218,7 +275,8 @@ def _faster(seating: Seating, allocation: Allocation) -> list[str]:
         if current.num_requests:
             break
     found = layouts([gpu.free_bytes for gpu in usable], model, demand, seating.split)
-    line = faster_layout(current, found)
+    flag = "--num_workers" if seating.torchrun is None else "torchrun --nproc_per_node"
+    line = faster_layout(current, found, flag)
     return [] if line is None else [line]
 
 
@@ -285,34 +343,6 @@ def read_model_size(model_dir: Path, dtype_bytes: int) -> ModelSize | None:
         vocab_size=number("vocab_size") or 32_000,
         dtype_bytes=dtype_bytes,
     )
-
-
-def weights_bytes(model_dir: Path, dtype_bytes: int) -> int:
-    """Memory of the weights once loaded: plain tensors in the run's precision, packed ones as is.
-
-    Reads the headers of the safetensors files. Raises ModelError for a broken one.
-    """
-    total = 0
-    for path in sorted(model_dir.glob("*.safetensors")):
-        for tensor in _header(path).values():
-            first, end = tensor.get("data_offsets", (0, 0))
-            stored = end - first
-            kind = tensor.get("dtype", "")
-            if kind in _PLAIN_DTYPES:
-                stored = stored // _DTYPE_BYTES[kind] * dtype_bytes
-            total += stored
-    return total
-
-
-def _header(path: Path) -> dict[str, Any]:
-    try:
-        with open(path, "rb") as file:
-            size = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(min(size, 1 << 28)))
-        header.pop("__metadata__", None)
-        return dict(header)
-    except (OSError, ValueError, AttributeError) as error:
-        raise ModelError(f"{path} is not a safetensors file ({error}); get it again.") from None
 
 
 def available_memory_bytes() -> int | None:

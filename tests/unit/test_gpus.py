@@ -97,12 +97,12 @@ def test_busy_gpus_are_left_out_and_named() -> None:
 
 def test_free_is_measured_against_the_need() -> None:
     machine = fake_inventory(4, busy={0: "pid 7, 40 GiB", 1: "pid 8, 70 GiB"})
-    assert indices(give(machine, 3, needed_bytes=30 * GIB)) == [[0], [2], [3]]
+    assert indices(give(machine, 3, weights_bytes=30 * GIB)) == [[2], [3], [0]]
     # 70 GiB over 4 GPUs would fit beside pid 7 and not beside pid 8; over the 3 that are left it is
-    # 23.3 GiB each, which still fits.
-    assert indices(give(machine, 1, needed_bytes=70 * GIB)) == [[0, 2, 3]]
-    # 130 over 3 is 43.3 each: now GPU 0 falls out too, and 65 fit on each of the rest.
-    assert indices(give(machine, 1, needed_bytes=130 * GIB)) == [[2, 3]]
+    # 26 GiB each, which still fits.
+    assert indices(give(machine, 1, weights_bytes=70 * GIB)) == [[2, 3, 0]]
+    # 130 over 3 is 47 each: now GPU 0 falls out too, and 69.8 fit on each of the rest.
+    assert indices(give(machine, 1, weights_bytes=130 * GIB)) == [[2, 3]]
 
 
 def test_all_busy_is_an_error_not_cpu() -> None:
@@ -111,9 +111,9 @@ def test_all_busy_is_an_error_not_cpu() -> None:
 
 
 def test_too_large_a_model_is_told_apart_from_others_jobs() -> None:
-    with pytest.raises(DeviceError, match=r"too small.*needs 140\.0 GiB"):
-        give(fake_inventory(2), 2, needed_bytes=140 * GIB)
-    assert indices(give(fake_inventory(2), 1, needed_bytes=140 * GIB)) == [[0, 1]]
+    with pytest.raises(DeviceError, match=r"too small.*needs 148\.5 GiB"):
+        give(fake_inventory(2), 2, weights_bytes=140 * GIB)
+    assert indices(give(fake_inventory(2), 1, weights_bytes=140 * GIB)) == [[0, 1]]
 
 
 def test_held_memory_without_a_visible_holder() -> None:
@@ -145,9 +145,9 @@ def test_more_workers_than_gpus_share() -> None:
 
 def test_sharing_is_refused_where_the_model_cannot_fit() -> None:
     with pytest.raises(DeviceError, match="--num_workers 4 or fewer"):
-        give(fake_inventory(2), 5, needed_bytes=30 * GIB)
-    assert len(give(fake_inventory(2), 4, needed_bytes=30 * GIB).workers) == 4
-    assert len(give(fake_inventory(2), 5, needed_bytes=30 * GIB, gpu_pick="all").workers) == 5
+        give(fake_inventory(2), 5, weights_bytes=30 * GIB)
+    assert len(give(fake_inventory(2), 4, weights_bytes=30 * GIB).workers) == 4
+    assert len(give(fake_inventory(2), 5, weights_bytes=30 * GIB, gpu_pick="all").workers) == 5
 
 
 def test_explicit_gpus_per_worker_never_shares() -> None:
@@ -198,7 +198,9 @@ def test_cpu_for_want_of_a_gpu_even_when_gpus_are_asked_for() -> None:
     allocation = give(fake_inventory(0), 32, total_gpus=8, gpus_per_worker=2)
     assert {worker.num_threads for worker in allocation.workers} == {1}
     (note,) = allocation.notes
-    assert "CPU" in note
+    assert note.startswith("Running on CPU (--total_gpus 8 asks for GPUs): ")
+    (only,) = give(fake_inventory(0), 2, gpus_per_worker=2).notes
+    assert only.startswith("Running on CPU (--gpus_per_worker 2 asks for GPUs): ")
     assert "no NVIDIA driver" in note
 
 
@@ -223,8 +225,8 @@ def test_impossible_numbers() -> None:
 def test_describe() -> None:
     assert give(fake_inventory(4), 2).describe() == (
         "worker  GPUs  free per GPU  threads\n"
-        "0       0 1   80.0 GiB      8\n"
-        "1       2 3   80.0 GiB      8"
+        "0       0 1   80.0 GiB      -\n"
+        "1       2 3   80.0 GiB      -"
     )
     assert "0/MIG-00000000" in give(fake_inventory(1, mig={0: 1}), 1).describe()
     assert "40.0 GiB (1/2)" in give(fake_inventory(1), 2).describe()
@@ -258,7 +260,7 @@ def test_allocations_are_disjoint_usable_and_even(
             num_workers,
             total_gpus=total_gpus,
             gpus_per_worker=gpus_per_worker,
-            needed_bytes=None if needed_gib is None else needed_gib * GIB,
+            weights_bytes=None if needed_gib is None else needed_gib * GIB,
         )
     except DeviceError:
         assert num_gpus
@@ -266,8 +268,7 @@ def test_allocations_are_disjoint_usable_and_even(
     assert [worker.worker for worker in allocation.workers] == list(range(num_workers))
     assert {len(worker.gpus) for worker in allocation.workers} == {allocation.gpus_per_worker}
     given_out = [uuid for worker in allocation.workers for uuid in worker.gpu_uuids]
-    if needed_gib != 0:  # a model that needs nothing fits beside anybody
-        assert set(given_out) <= free
+    assert set(given_out) <= free
     if total_gpus is not None:
         assert len(set(given_out)) <= total_gpus
     for worker in allocation.workers:
@@ -430,6 +431,7 @@ class FakeHandle:
     graphics: Sequence[tuple[int, float | None]] = ()
     mig_mode: int | None = None
     instances: dict[int, FakeHandle] = field(default_factory=dict)
+    compute_mode: int = 0
 
 
 @dataclass
@@ -489,6 +491,12 @@ class FakeNvml:
     def nvmlDeviceGetComputeInstanceId(self, handle: FakeHandle) -> int:
         return 0
 
+    def nvmlDeviceGetComputeMode(self, handle: FakeHandle) -> int:
+        return handle.compute_mode
+
+    def nvmlDeviceGetCudaComputeCapability(self, handle: FakeHandle) -> list[int]:
+        return [8, 0]
+
     def nvmlDeviceGetUUID(self, handle: FakeHandle) -> str:
         return handle.uuid
 
@@ -537,11 +545,65 @@ def test_discovery() -> None:
     first, second = inventory.gpus
     assert (first.index, first.uuid, first.total_bytes) == (0, "GPU-aaaa", 80 * GIB)
     assert first.holders == ("pid 8 (Xorg), 0.1 GiB", "pid 1234 (python), 20.1 GiB")
+    assert first.displays == ("pid 8 (Xorg), 0.1 GiB",)
+    assert first.computing == ("pid 1234 (python), 20.1 GiB",)
+    assert (first.compute_mode, first.compute_capability) == ("default", (8, 0))
     assert (second.total_bytes, second.free_bytes) == (0, 0)
     assert second.holders == ("pid 99", "pid 666, 1.0 GiB")
     assert (inventory.driver, inventory.cuda_driver) == ("550.54.15", "12.4")
     assert (inventory.reason, inventory.failed, inventory.notes) == (None, False, ())
     assert nvml.shut_down == 1
+
+
+@pytest.mark.parametrize(
+    ("number", "mode"),
+    [(0, "default"), (1, "exclusive"), (2, "prohibited"), (3, "exclusive"), (9, "default")],
+)
+def test_discovery_of_the_compute_mode(number: int, mode: str) -> None:
+    (gpu,) = discover_gpus(FakeNvml(handles=[FakeHandle("GPU-a", compute_mode=number)])).gpus
+    assert gpu.compute_mode == mode
+
+
+def test_older_bindings_give_bytes_and_lack_calls() -> None:
+    class Older(FakeNvml):
+        def __getattribute__(self, name: str) -> Any:
+            if name in ("nvmlDeviceGetComputeMode", "nvmlDeviceGetCudaComputeCapability"):
+                raise AttributeError(name)
+            return super().__getattribute__(name)
+
+        def nvmlDeviceGetUUID(self, handle: FakeHandle) -> Any:
+            return handle.uuid.encode()
+
+        def nvmlDeviceGetName(self, handle: FakeHandle) -> Any:
+            return b"Tesla V100-SXM2"
+
+        def nvmlSystemGetDriverVersion(self) -> Any:
+            return b"470.82"
+
+        def nvmlSystemGetProcessName(self, pid: int) -> Any:
+            return b"/usr/bin/python\xff"
+
+    mig = FakeHandle("GPU-b", mig_mode=1, instances={0: FakeHandle("MIG-1")})
+    inventory = discover_gpus(Older(handles=[FakeHandle("GPU-a", compute=[(7, 1)]), mig]))
+    first, second = inventory.gpus
+    assert (first.uuid, first.name, inventory.driver) == ("GPU-a", "Tesla V100-SXM2", "470.82")
+    assert first.holders == ("pid 7 (python\ufffd), 1.0 GiB",)
+    assert (second.parent_uuid, second.mig_name) == ("GPU-b", "MIG-GPU-b/5/0")
+    assert (first.compute_mode, first.compute_capability) == ("default", None)
+
+
+def test_slurms_list_goes_on_after_a_lost_gpu() -> None:
+    handles = [FakeHandle(f"GPU-{number}") for number in range(4)]
+    nvml = FakeNvml(handles=[*handles[:1], NVMLErrorGpuIsLost("GPU is lost"), *handles[2:]])
+    inventory = discover_gpus(nvml)
+    assert inventory.skipped == {1}
+    visible = visible_gpus(inventory, "0,1,2,3")
+    assert [gpu.index for gpu in visible.gpus] == [0, 2, 3]
+    assert visible.notes == ("GPU 1 is left out: NVML says GPU is lost.",)
+    assert [gpu.index for gpu in visible_gpus(inventory, "0,9,2").gpus] == [0]
+    only = visible_gpus(inventory, "1")
+    assert (only.gpus, only.failed) == ((), True)
+    assert only.reason == "CUDA_VISIBLE_DEVICES='1': GPU 1 is left out: NVML says GPU is lost."
 
 
 def test_discovery_of_mig() -> None:

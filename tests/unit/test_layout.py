@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from ragfleet import seating
 from ragfleet.config import RunConfig
 from ragfleet.errors import DeviceError, ModelError
-from ragfleet.gpus import GIB, GpuInventory, fake_inventory
+from ragfleet.inventory import GIB, GpuInventory, fake_inventory
 from ragfleet.launchers.torchrun import TorchrunRank
 from ragfleet.layout import (
     Demand,
@@ -343,4 +343,77 @@ def test_a_single_worker_on_many_cores_hears_of_auto(
     _, _, notes = seat(dataclasses.replace(echo, needs_no_gpu=True))
     assert not [note for note in notes if "would start" in note]
     large = seating_of(tmp_path, none, gib_weights=100, num_workers=None)
-    assert not [note for note in seat(large)[2] if "would start" in note]
+    with pytest.raises(DeviceError, match=r"1 worker\(s\) × weights 200\.0 GiB"):
+        seat(large)
+
+
+def test_models_that_can_not_be_in_memory_together_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(seating, "available_memory_bytes", lambda: 100 * GIB)
+    none = fake_inventory(0)
+    asked = seating_of(tmp_path, none, gib_weights=16, num_workers=4)
+    with pytest.raises(DeviceError, match=r"4 worker\(s\) × weights 32\.0 GiB = 128\.0 GiB"):
+        seat(asked)
+    with pytest.raises(DeviceError, match="--num_workers 3 or fewer"):
+        seat(asked)
+    rank = TorchrunRank.__new__(TorchrunRank)
+    object.__setattr__(rank, "world_size", 4)
+    started = dataclasses.replace(asked, config=asked.config.replace(num_workers="auto"))
+    with pytest.raises(DeviceError, match=r"4 worker\(s\) × weights 32\.0 GiB = 128\.0 GiB"):
+        seat(dataclasses.replace(started, torchrun=rank))
+    # In bf16 they fit, and nobody knows what a class of the user's loads.
+    assert seat(dataclasses.replace(asked, cpu_precision="bf16"))[0] == 4
+    assert seat(dataclasses.replace(asked, needs_no_gpu=True))[0] == 4
+    own = dataclasses.replace(asked, config=asked.config.replace(inference_class="a.py:A"))
+    assert seat(own)[0] == 4
+
+
+@pytest.mark.parametrize("settings", [{"total_gpus": 8}, {"gpus_per_worker": 2}])
+def test_a_large_model_is_not_answered_on_the_cpu_by_who_asked_for_gpus(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]
+) -> None:
+    monkeypatch.setattr(seating, "available_memory_bytes", lambda: 1000 * GIB)
+    hidden = GpuInventory(reason="CUDA_VISIBLE_DEVICES='' hides all 8 GPUs.")
+    asked = seating_of(tmp_path, hidden, num_workers=2, **settings)
+    ((name, value),) = settings.items()
+    with pytest.raises(DeviceError) as caught:
+        seat(asked)
+    message = str(caught.value)
+    assert message.startswith(f"--{name} {value}: no GPU can be used here: CUDA_VISIBLE_DEVICES=''")
+    assert "a model of 32.0 GiB (fp32)" in message
+    assert f"with --device cpu and without --{name}." in message
+    # Small models are answered there, and the header says so.
+    _, allocation, _ = seat(seating_of(tmp_path, hidden, 0.1, num_workers=2, **settings))
+    assert allocation.gpus_per_worker == 0
+    assert allocation.notes[0].startswith("Running on CPU")
+    assert seat(dataclasses.replace(asked, needs_no_gpu=True))[0] == 2
+    assert seat(seating_of(tmp_path, hidden, num_workers=2))[0] == 2
+
+
+def test_need_is_counted_in_the_precision_of_the_run(tmp_path: Path) -> None:
+    # 16 GiB as bf16: two workers on a GPU of 40, one as fp32.
+    asked = seating_of(tmp_path, fake_inventory(1, 40), num_workers=2)
+    assert seat(asked)[0] == 2
+    with pytest.raises(DeviceError, match=r"the model needs 35\.1 GiB.*--num_workers 1 or fewer"):
+        seat(dataclasses.replace(asked, gpu_precision="fp32"))
+
+
+def test_a_faster_split_under_torchrun_is_torchruns_number(tmp_path: Path) -> None:
+    rank = TorchrunRank.__new__(TorchrunRank)
+    object.__setattr__(rank, "world_size", 4)
+    asked = seating_of(tmp_path, fake_inventory(8, 80), num_workers=None)
+    workers, allocation, notes = seat(dataclasses.replace(asked, torchrun=rank))
+    assert (workers, allocation.gpus_per_worker) == (4, 2)
+    assert notes == ["4×1 fits; 8×1 about 2.0 × faster (torchrun --nproc_per_node 8)."]
+
+
+def test_auto_says_which_size_is_not_known(tmp_path: Path) -> None:
+    machine = fake_inventory(2)
+    unknown = [dataclasses.replace(gpu, total_bytes=0, free_bytes=0) for gpu in machine.gpus]
+    workers, _, notes = seat(seating_of(tmp_path, GpuInventory(gpus=tuple(unknown))))
+    assert workers == 2
+    assert notes == ["auto: 2×1: the GPUs' memory is not known."]
+    odd = seating_of(tmp_path, machine)
+    (tmp_path / "model" / "config.json").write_text('{"model_type": "odd"}')
+    assert seat(odd)[2] == ["auto: 2×1: the model's size is not known."]

@@ -22,7 +22,7 @@ from ragfleet.engines.vllm_memory import (
 from ragfleet.engines.vllm_window import cache_tokens
 from ragfleet.errors import ConfigError
 from ragfleet.gpus import Gpu
-from ragfleet.model_files import read_json
+from ragfleet.model_files import read_json, weights_bytes
 
 _DTYPES: Final = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 _WEIGHTS_SHARE: Final = 0.75
@@ -154,8 +154,8 @@ def _parallel_size(spec: EngineSpec, gpus: Sequence[Gpu]) -> tuple[int, str | No
         part = spec.engine_options.get("gpu_memory_utilization")
         part = part if isinstance(part, int | float) else utilisation(gpus, spec.gpu_memory_bytes)
         room_bytes = _WEIGHTS_SHARE * part * min(gpu.total_bytes for gpu in gpus)
-        weights_bytes = _weights_bytes(spec) / stages
-        size = next((size for size in sizes if weights_bytes / size <= room_bytes), size)
+        stage_bytes = _weights_bytes(spec) / stages
+        size = next((size for size in sizes if stage_bytes / size <= room_bytes), size)
     if stages * size == spec.num_gpus:
         return size, None
     how = f"tensor parallel over {size}" if stages == 1 else f"{stages} stages of {size}"
@@ -181,7 +181,7 @@ def _valid_sizes(spec: EngineSpec, most: int) -> list[int]:
 
 def _weights_bytes(spec: EngineSpec) -> int:
     assert spec.model_dir is not None
-    return sum(path.stat().st_size for path in spec.model_dir.glob("*.safetensors"))
+    return weights_bytes(spec.model_dir, 4 if spec.precision == "fp32" else 2)
 
 
 def _shared_gpu(spec: EngineSpec, share_bytes: int) -> dict[str, Any]:

@@ -32,7 +32,7 @@ for name in $(compgen -e); do environment[$name]=${!name}; done
 NUM_WORKERS=2
 TOTAL_GPUS=
 GPUS_PER_WORKER=
-GPU_PICK=free           # free: leave out GPUs that others hold; all: every visible GPU
+GPU_PICK=free           # free: idle GPUs, then those with room beside others; all: every visible GPU
 DEVICE=auto             # auto: GPUs if there are any; cpu: never touch a GPU
 MAX_SAMPLES_PER_WORKER= # answer only the first so many of each worker's share; empty: all
 

@@ -129,7 +129,9 @@ class GpuLocks:
 
     def _release(self, uuids: list[str]) -> None:
         for uuid in uuids:
-            os.close(self._fds.pop(uuid))
+            fd = self._fds.pop(uuid)
+            fcntl.flock(fd, fcntl.LOCK_UN)  # also for a child of somebody else's that inherited it
+            os.close(fd)
 
     def _give_up(self, error: OSError) -> None:
         self.note = (

@@ -21,7 +21,7 @@ import xxhash
 
 from ragfleet.errors import ModelError, OutputError
 from ragfleet.launch import RunPaths, to_json, write_atomically
-from ragfleet.model_files import configured_eos_ids
+from ragfleet.model_files import configured_eos_ids, weight_files
 
 FORMAT: Final = 1
 _WEIGHT_SAMPLES: Final = 1024
@@ -103,7 +103,7 @@ def model_parts(model_dir: Path) -> dict[str, Any]:
         "model config": _hash_files([config]),
         "tokenizer": _hash_files([model_dir / name for name in _TOKENIZER_FILES]),
         "end tokens": sorted(configured_eos_ids(model_dir)),
-        "model weights": _hash_weights(sorted(model_dir.glob("*.safetensors"))),
+        "model weights": _hash_weights(weight_files(model_dir)),
     }
 
 

@@ -231,16 +231,16 @@ def cpu_workers(
     return min(workers, fitting), f"{min(workers, fitting)} workers: {why}."
 
 
-def check_memory(num_workers: int, available_bytes: int | None, weights_bytes: int) -> None:
-    """Raises DeviceError where the weights alone, once for each worker, exceed the memory."""
+def check_memory(num_workers: int, memory_bytes: int | None, weights_bytes: int) -> None:
+    """Raises DeviceError where the weights alone, once for each worker, exceed all there is."""
     total_bytes = num_workers * weights_bytes
-    if available_bytes is None or total_bytes <= available_bytes:
+    if memory_bytes is None or total_bytes <= memory_bytes:
         return
-    fitting = available_bytes // weights_bytes
+    fitting = memory_bytes // weights_bytes
     way = f"Use --num_workers {fitting} or fewer, or take" if fitting else "Take"
     raise DeviceError(
         f"The model does not fit into memory on the CPU: {num_workers} worker(s) × weights"
-        f" {gib(weights_bytes)} = {gib(total_bytes)}, of {gib(available_bytes)} available. {way} a"
+        f" {gib(weights_bytes)} = {gib(total_bytes)}, of {gib(memory_bytes)} in all. {way} a"
         " smaller model, or GPUs."
     )
 

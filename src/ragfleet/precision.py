@@ -5,7 +5,7 @@ Owns `--precision`. Nothing is loaded.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final, Literal
 
@@ -37,12 +37,23 @@ def resolve_precision(config: RunConfig, model_dir: Path | None, on_gpu: bool) -
 
 
 def precision_on(
-    gpus: Iterable[Gpu], precision: Precision, engine: str, *, is_auto: bool
+    gpus: Sequence[Gpu],
+    precision: Precision,
+    engine: str,
+    *,
+    is_auto: bool,
+    earlier: str | None = None,
 ) -> tuple[Precision, list[str]]:
     """(what these GPUs compute in where `precision` is wanted, lines for the header).
 
-    Raises DeviceError where a GPU can't do what was asked for.
+    `earlier`: in which the run was begun. With `is_auto` that is kept, for which GPUs are free is
+    no matter of the run. Raises DeviceError where a GPU can't do what was asked for.
     """
+    asked, way = "--precision bf16", "Use --precision fp16."
+    if is_auto and gpus and earlier in ("bf16", "fp16"):
+        is_auto, asked = False, "The run was begun in bf16"
+        precision = "bf16" if earlier == "bf16" else "fp16"
+        way = "Use other GPUs or --engine transformers, or begin another with --precision fp16."
     older = [
         gpu
         for gpu in gpus
@@ -55,5 +66,5 @@ def precision_on(
     if is_auto:
         return "fp16", [f"{what}: fp16 is taken. Where that overflows: --precision fp32."]
     if engine == "vllm":
-        raise DeviceError(f"--precision bf16: {what}, and vLLM refuses it. Use --precision fp16.")
+        raise DeviceError(f"{asked}: {what}, and vLLM refuses it. {way}")
     return precision, [f"Warning: {what}, which is imitated slowly; --precision fp16 is faster."]

@@ -120,14 +120,15 @@ def prepare(
         gpu_locks or GpuLocks(),
         take=gpu_locks is not None,
     )
+    run_file = None if config.overwrite else read_run_file(paths)
     precision, precision_notes = precision_on(
         allocation.gpus,
         resolve_precision(config, model_dir, allocation.gpus_per_worker > 0),
         engine,
         is_auto=config.precision == "auto",
+        earlier=run_file.parts.get("precision") if run_file is not None else None,
     )
     notes += precision_notes
-    run_file = None if config.overwrite else read_run_file(paths)
     uses_clock = prints_date(model_dir)
     clock = run_file.clock if run_file is not None else now()
     prompts = PromptSettings(

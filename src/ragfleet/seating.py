@@ -173,7 +173,7 @@ def _check_cpu(seating: Seating, num_workers: int) -> None:
     asked = [
         f"--{name} {value}"
         for name in ("total_gpus", "gpus_per_worker")
-        if (value := getattr(config, name))
+        if (value := getattr(config, name)) and config.total_gpus != 0
     ]
     if asked and weights > _CPU_SIZED_BYTES:
         raise DeviceError(
@@ -184,7 +184,7 @@ def _check_cpu(seating: Seating, num_workers: int) -> None:
         )
     # A class of the user's may never load the model.
     if config.inference_class is None:
-        check_memory(num_workers, available_memory_bytes(), weights)
+        check_memory(num_workers, whole_memory_bytes(), weights)
 
 
 def _weights(seating: Seating, precision: str) -> int | None:
@@ -347,10 +347,19 @@ def read_model_size(model_dir: Path, dtype_bytes: int) -> ModelSize | None:
 
 def available_memory_bytes() -> int | None:
     """Memory that new processes can have without swapping; a container's limit counts."""
+    return _memory_bytes("MemAvailable:")
+
+
+def whole_memory_bytes() -> int | None:
+    """Memory of the machine, or the container."""
+    return _memory_bytes("MemTotal:")
+
+
+def _memory_bytes(which: str) -> int | None:
     available = None
     try:
         for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
+            if line.startswith(which):
                 available = int(line.split()[1]) << 10
         limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
     except OSError:

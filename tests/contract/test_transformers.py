@@ -9,6 +9,7 @@ import dataclasses
 import random
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from driving import Make, ask, drive
 from pretended_gpu import pretended_gpu
 
 from models import Reference, changed_copy, example_records, make_model
-from ragfleet.engines import checkpoint
+from ragfleet.engines import batched, checkpoint
 from ragfleet.engines.batched import PREFILL_OPERATIONS, BatchedLoop
 from ragfleet.engines.decoding import Row, RowSampler, RowStopper
 from ragfleet.engines.oom_ladder import OomLadder
@@ -515,7 +516,9 @@ def test_reading_prompts_is_progress(start: Make) -> None:
     assert seen[: layers + 1] == [4 * width // layers] * layers + [4]
 
 
-def test_workers_that_share_a_gpu_keep_to_their_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_workers_that_share_a_gpu_keep_to_their_parts(
+    monkeypatch: pytest.MonkeyPatch, small_model: Path
+) -> None:
     parts: dict[int, float] = {}
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
@@ -526,15 +529,29 @@ def test_workers_that_share_a_gpu_keep_to_their_parts(monkeypatch: pytest.Monkey
         lambda fraction, device: parts.update({device: fraction}),
     )
     spec = EngineSpec(
-        model_dir=None,
+        model_dir=small_model,
         sampling=SamplingParams(max_new_tokens=8),
         prompts=PromptSettings(system_prompt=""),
         num_gpus=1,
     )
     assert checkpoint._devices(spec) == ({"": 0}, [])
-    assert not parts, "alone on it"
-    checkpoint._devices(dataclasses.replace(spec, gpu_memory_bytes=20 << 30))
+    _, (note,) = checkpoint._devices(dataclasses.replace(spec, gpu_memory_bytes=512 << 20))
+    assert "does not hold the model" in note
+    assert not parts, "alone on it, or with no room anyway"
+    assert checkpoint._devices(dataclasses.replace(spec, gpu_memory_bytes=20 << 30))[1] == []
     assert parts == {0: (20 * 1024 - 512) / (80 * 1024)}
+
+
+def test_the_layers_that_read_text() -> None:
+    """And not those that would read images, which come first."""
+    text = SimpleNamespace(num_hidden_layers=3)
+    model = torch.nn.ModuleList()
+    model.append(torch.nn.ModuleList([torch.nn.Identity()] * 2))
+    model.append(torch.nn.ModuleList([torch.nn.Linear(1, 1) for _ in range(3)]))
+    model.config = SimpleNamespace(get_text_config=lambda: text)  # type: ignore[assignment]
+    assert batched._decoder_layers(model) == list(model[1])
+    text.num_hidden_layers = 7
+    assert batched._decoder_layers(model) == []
 
 
 def test_a_batch_of_prompts_a_gpu_reads_in_a_minute(
@@ -547,7 +564,8 @@ def test_a_batch_of_prompts_a_gpu_reads_in_a_minute(
         assert isinstance(loop, BatchedLoop)
         requests = [ask(number) for number in range(9)]
         width = len(prompt_ids(engine, requests[0])) + NEW
-        parameters = engine._model.num_parameters()
+        config = engine._model.config
+        weights = 12 * config.num_hidden_layers * config.hidden_size**2
         monkeypatch.setattr(loop, "_most_tokens", 4 * width)
         sizes: list[int] = []
         generate = loop._generate
@@ -560,7 +578,7 @@ def test_a_batch_of_prompts_a_gpu_reads_in_a_minute(
         completions(engine, requests)
         assert max(sizes) == 4
         fresh = BatchedLoop(loop._spec, engine._model, loop._tokenizer, (), print)
-        assert fresh._most_tokens == PREFILL_OPERATIONS / (2 * parameters)
+        assert fresh._most_tokens == PREFILL_OPERATIONS / (2 * weights)
 
 
 # ---- loading ----------------------------------------------------------------------------------

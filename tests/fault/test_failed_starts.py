@@ -6,13 +6,15 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import harness
 import pytest
 
 CLASSES = '''
-import os, pathlib, signal
+import os, pathlib, signal, threading, time
 from ragfleet import QueryBasedInference
 
 HERE = pathlib.Path(__file__).parent
@@ -24,6 +26,10 @@ def once(name):
     except FileExistsError:
         return False
     return True
+
+def until(path):
+    while not path.exists():
+        time.sleep(0.02)
 
 class Reverses(QueryBasedInference):
     def generate_answer(self, query, context, retrieval_method):
@@ -37,6 +43,21 @@ class FirstFails(Reverses):
 class AllFail(Reverses):
     def setup(self):
         raise RuntimeError("no such model")
+
+class FailsAndHangs(Reverses):
+    def setup(self):
+        if once("failed"):
+            (HERE / "hangs").write_text(str(os.getpid()))
+            threading.Thread(target=time.sleep, args=(600,)).start()
+            stay = lambda *_: time.sleep(600)
+            os._exit = stay  # as a driver can
+            raise RuntimeError("no such device")
+
+class FailsWhileOthersLoad(Reverses):
+    def setup(self):
+        if once("failed"):
+            raise RuntimeError("no such device")
+        until(HERE / "go")
 
 class DiesAndFails(Reverses):
     def setup(self):
@@ -53,14 +74,17 @@ class DiesForGood(DiesAndFails):
         if not once("started"):
             raise RuntimeError("the GPU has fallen off the bus")
 '''
-SITE = "import ragfleet.launchers.supervisor as supervisor\nsupervisor.START_AGAIN_S = 0.1\n"
+SITE = """
+import ragfleet.launchers.supervisor as supervisor
+supervisor.START_AGAIN_S, supervisor._LEAVE_S = 0.1, 1.0
+"""
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m"]
 
 
-def run(
+def start(
     folder: Path, class_name: str, *flags: str, launcher: list[str] | None = None
-) -> tuple[int, str]:
-    """Exit code and what was said; rows are checked where there are any."""
+) -> subprocess.Popen[bytes]:
+    """What is said goes to the file `said`."""
     (folder / "mine.py").write_text(CLASSES)
     (folder / "site").mkdir(exist_ok=True)
     (folder / "site" / "sitecustomize.py").write_text(SITE)
@@ -72,20 +96,31 @@ def run(
     command = [sys.executable, *(launcher or ["-m"]), "ragfleet", "infer", "--engine", "echo"]
     command += ["--contexts_file", "in.jsonl", "--output_file", "out.jsonl", "--temperature", "0"]
     command += ["--inference_class", f"mine.py:{class_name}", *flags]
-    done = subprocess.run(
-        command,
-        cwd=folder,
-        env=harness.environment(PYTHONPATH=os.pathsep.join((str(folder / "site"), source))),
-        capture_output=True,
-        text=True,
-        timeout=90,
-        check=False,
-    )
-    if done.returncode == 0:
+    with (folder / "said").open("wb") as said:
+        return subprocess.Popen(
+            command,
+            cwd=folder,
+            env=harness.environment(PYTHONPATH=os.pathsep.join((str(folder / "site"), source))),
+            stderr=said,
+        )
+
+
+def finish(folder: Path, process: subprocess.Popen[bytes]) -> tuple[int, str]:
+    """Exit code and what was said; rows are checked where there are any."""
+    try:
+        code = process.wait(timeout=60)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        raise
+    if code == 0:
         rows = [json.loads(line) for line in (folder / "out.jsonl").read_text().splitlines()]
         assert [row["id"] for row in rows] == [f"r{number}" for number in range(40)]
         assert all(row["success"] for row in rows)
-    return done.returncode, done.stderr
+    return code, (folder / "said").read_text()
+
+
+def run(folder: Path, class_name: str, *flags: str, **how: Any) -> tuple[int, str]:
+    return finish(folder, start(folder, class_name, *flags, **how))
 
 
 def test_one_that_cannot_start_is_started_again(tmp_path: Path) -> None:
@@ -104,6 +139,31 @@ def test_what_all_meet_ends_the_run_at_once(tmp_path: Path, workers: str) -> Non
     assert "The log of worker 0: " in said
     assert "restarting" not in said
     assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_one_that_hangs_when_it_could_not_start_is_ended(tmp_path: Path) -> None:
+    code, said = run(tmp_path, "FailsAndHangs")
+    assert code == 2, said
+    assert "no such device" in said
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "hangs").read_text()), 0)
+
+
+def test_it_is_said_while_others_load(tmp_path: Path) -> None:
+    process = start(tmp_path, "FailsWhileOthersLoad", "--num_workers", "2")
+    try:
+        until_s = time.monotonic() + 30
+        while "no such device" not in (tmp_path / "said").read_text():
+            assert time.monotonic() < until_s
+            time.sleep(0.05)
+        said = (tmp_path / "said").read_text()
+        assert "Others still load." in said
+        assert "restarting" not in said
+    finally:
+        (tmp_path / "go").touch()
+        code, said = finish(tmp_path, process)
+    assert code == 0, said
+    assert "restarting, 1 of 3" in said
 
 
 def test_a_dead_worker_that_cannot_load_again_has_more_tries(tmp_path: Path) -> None:
@@ -131,7 +191,7 @@ def test_when_none_is_left_it_says_what_is_kept_and_why(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("name", "code"), [("FirstFails", 0), ("AllFail", 2)])
 def test_under_torchrun(tmp_path: Path, name: str, code: int) -> None:
     found, said = run(tmp_path, name, launcher=TORCHRUN)
-    assert ("could not start" in said) == (code == 0), said
+    assert ("died (it could not start" in said) == (code == 0), said
     assert (found == 0) == (code == 0), said
     if code:
         assert "no such model" in said

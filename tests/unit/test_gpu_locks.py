@@ -46,6 +46,17 @@ def holder(folder: Path) -> Iterator[subprocess.Popen[str]]:
         process.kill()
 
 
+def test_what_is_given_up_is_free_although_a_child_inherited_it(folder: Path) -> None:
+    with GpuLocks(folder) as locks:
+        assert locks.take(["GPU-a"]) == {}
+        inherited = [os.dup(fd) for fd in locks._fds.values()]  # as a fork has them
+    try:
+        assert GpuLocks(folder).holders(["GPU-a"]) == {}
+    finally:
+        for fd in inherited:
+            os.close(fd)
+
+
 def test_a_gpu_is_taken_once(folder: Path) -> None:
     with GpuLocks(folder) as first, GpuLocks(folder) as second:
         assert first.take(["GPU-a", "GPU-b"]) == {}

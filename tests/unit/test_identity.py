@@ -112,7 +112,7 @@ def test_other_weights_of_the_same_shapes_are_another_model(model: Path, tensor:
         ("tokenizer_config.json", json.dumps({"chat_template": TEMPLATE + " "}), "tokenizer"),
         ("chat_template.jinja", TEMPLATE, "tokenizer"),
         ("generation_config.json", '{"eos_token_id": [2, 3]}', "end tokens"),
-        ("model-2.safetensors", safetensors({"x": b"x"}), "model weights"),
+        ("model.safetensors", safetensors({"x": b"x"}), "model weights"),
     ],
 )
 def test_each_file_that_answers_depend_on_counts(
@@ -123,6 +123,20 @@ def test_each_file_that_answers_depend_on_counts(
     after = model_parts(model)
     assert {found for found in before if before[found] != after[found]} == {part}
     assert run_key(model) != key
+
+
+def test_only_the_files_that_are_loaded_count(model: Path) -> None:
+    before = run_key(model)
+    (model / "consolidated.safetensors").write_bytes(safetensors({"x": b"x"}))  # for others
+    assert run_key(model) == before
+    index = {"weight_map": {"x": "model-1.safetensors", "y": "model-2.safetensors"}}
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    (model / "model-1.safetensors").write_bytes(safetensors({"x": b"x"}))
+    keys = {before}
+    for data in (b"y", b"z"):
+        (model / "model-2.safetensors").write_bytes(safetensors({"y": data}))
+        keys.add(run_key(model))
+    assert len(keys) == 3
 
 
 def test_of_the_generation_config_only_the_end_tokens_count(model: Path) -> None:

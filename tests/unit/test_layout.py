@@ -308,6 +308,7 @@ def test_auto_under_torchrun_is_its_world_size(tmp_path: Path) -> None:
 def test_auto_on_the_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(seating, "usable_cores", lambda: 8)
     monkeypatch.setattr(seating, "available_memory_bytes", lambda: 100 * GIB)
+    monkeypatch.setattr(seating, "whole_memory_bytes", lambda: 100 * GIB)
     none = fake_inventory(0)
     assert seat(seating_of(tmp_path, none, gib_weights=0.1))[0] == 8
     workers, allocation, notes = seat(seating_of(tmp_path, none, gib_weights=10))
@@ -333,6 +334,7 @@ def test_a_single_worker_on_many_cores_hears_of_auto(
 ) -> None:
     monkeypatch.setattr(seating, "usable_cores", lambda: 8)
     monkeypatch.setattr(seating, "available_memory_bytes", lambda: 64 * GIB)
+    monkeypatch.setattr(seating, "whole_memory_bytes", lambda: 64 * GIB)
     none = fake_inventory(0)
     _, _, notes = seat(seating_of(tmp_path, none, gib_weights=0.1, num_workers=None))
     assert [note for note in notes if "--num_workers auto would start 8" in note]
@@ -350,7 +352,7 @@ def test_a_single_worker_on_many_cores_hears_of_auto(
 def test_models_that_can_not_be_in_memory_together_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(seating, "available_memory_bytes", lambda: 100 * GIB)
+    monkeypatch.setattr(seating, "whole_memory_bytes", lambda: 100 * GIB)
     none = fake_inventory(0)
     asked = seating_of(tmp_path, none, gib_weights=16, num_workers=4)
     with pytest.raises(DeviceError, match=r"4 worker\(s\) × weights 32\.0 GiB = 128\.0 GiB"):
@@ -362,6 +364,8 @@ def test_models_that_can_not_be_in_memory_together_are_refused(
     started = dataclasses.replace(asked, config=asked.config.replace(num_workers="auto"))
     with pytest.raises(DeviceError, match=r"4 worker\(s\) × weights 32\.0 GiB = 128\.0 GiB"):
         seat(dataclasses.replace(started, torchrun=rank))
+    # What others have of it now may be back by the time, and a finished run needs none.
+    monkeypatch.setattr(seating, "available_memory_bytes", lambda: 1)
     # In bf16 they fit, and nobody knows what a class of the user's loads.
     assert seat(dataclasses.replace(asked, cpu_precision="bf16"))[0] == 4
     assert seat(dataclasses.replace(asked, needs_no_gpu=True))[0] == 4
@@ -373,7 +377,7 @@ def test_models_that_can_not_be_in_memory_together_are_refused(
 def test_a_large_model_is_not_answered_on_the_cpu_by_who_asked_for_gpus(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]
 ) -> None:
-    monkeypatch.setattr(seating, "available_memory_bytes", lambda: 1000 * GIB)
+    monkeypatch.setattr(seating, "whole_memory_bytes", lambda: 1000 * GIB)
     hidden = GpuInventory(reason="CUDA_VISIBLE_DEVICES='' hides all 8 GPUs.")
     asked = seating_of(tmp_path, hidden, num_workers=2, **settings)
     ((name, value),) = settings.items()
@@ -383,6 +387,8 @@ def test_a_large_model_is_not_answered_on_the_cpu_by_who_asked_for_gpus(
     assert message.startswith(f"--{name} {value}: no GPU can be used here: CUDA_VISIBLE_DEVICES=''")
     assert "a model of 32.0 GiB (fp32)" in message
     assert f"with --device cpu and without --{name}." in message
+    if name == "gpus_per_worker":  # it says nothing where no GPU is wanted
+        assert seat(seating_of(tmp_path, hidden, num_workers=2, total_gpus=0, **settings))[0] == 2
     # Small models are answered there, and the header says so.
     _, allocation, _ = seat(seating_of(tmp_path, hidden, 0.1, num_workers=2, **settings))
     assert allocation.gpus_per_worker == 0

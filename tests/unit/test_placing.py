@@ -15,7 +15,9 @@ from ragfleet.config import RunConfig
 from ragfleet.engines.vllm_options import InstalledVllm
 from ragfleet.errors import DeviceError, UsageError
 from ragfleet.gpu_locks import GpuLocks
+from ragfleet.identity import RunFile, write_run_file
 from ragfleet.inventory import GIB, GpuInventory, fake_inventory
+from ragfleet.launch import RunPaths
 from ragfleet.preparation import Preparation, prepare
 from ragfleet.prompt_view import rendered_prompt
 
@@ -23,6 +25,7 @@ CONFIG = (
     '{"num_hidden_layers": 32, "hidden_size": 4096, "num_attention_heads": 32,'
     ' "torch_dtype": "bfloat16"}'
 )
+CLOCK = "2026-01-02T03:04:05"
 Start = Callable[..., Preparation]
 
 
@@ -139,6 +142,7 @@ def test_a_prompt_is_shown_whoever_has_the_gpus(
     busy = fake_inventory(2, busy={0: "pid 7", 1: "pid 7"})
     monkeypatch.setattr(preparation, "discover_gpus", lambda: busy)
     monkeypatch.setattr(seating, "available_memory_bytes", lambda: 1)
+    monkeypatch.setattr(seating, "whole_memory_bytes", lambda: 1)
     settings: dict[str, Any]
     for settings in ({}, {"device": "cpu"}, {"total_gpus": 2}, {"num_workers": "auto"}):
         asked = config.replace(model_path="pocket", **settings)
@@ -180,6 +184,34 @@ def test_bf16_that_was_asked_for_on_older_gpus(
     assert (start(machine).engine, start(machine).precision) == ("vllm", "fp16")
     with pytest.raises(DeviceError, match=r"--precision bf16: GPU 0.*Use --precision fp16"):
         start(machine, precision="bf16")
+
+
+def test_a_run_goes_on_in_the_precision_it_was_begun_in(
+    start: Start, config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever GPUs are free today."""
+    old, new = older(fake_inventory(1)), fake_inventory(1)
+    paths = RunPaths(config.output_file)
+    paths.directory.mkdir()
+
+    def begun_in(precision: str) -> None:
+        parts = {"precision": precision}
+        run_file = RunFile(run_key="", parts=parts, clock=CLOCK, output_name="out.jsonl")
+        write_run_file(paths, run_file)
+
+    begun_in("fp16")
+    assert start(new).precision == "fp16"
+    assert start(new, precision="bf16").precision == "bf16", "what is asked for is another run"
+    assert start(new, overwrite=True).precision == "bf16"
+    begun_in("bf16")
+    found = start(old)
+    assert found.precision == "bf16"
+    assert [note for note in found.notes if note.startswith("Warning: GPU 0 (Tesla V100")]
+    monkeypatch.setattr(seating, "whole_memory_bytes", lambda: 64 * GIB)
+    assert start(GpuInventory(reason="there is none."), device="cpu").precision == "fp32"
+    with_vllm(monkeypatch, tmp_path)
+    with pytest.raises(DeviceError, match=r"begun in bf16: GPU 0.*--engine transformers"):
+        start(old)
 
 
 # ---- MIG

@@ -78,9 +78,22 @@ def test_the_fewest_gpus_that_hold_the_model(
 def test_room_is_what_is_free(tmp_path: Path) -> None:
     given = spec(model(tmp_path, 50), num_gpus=4)
     assert arguments_for(given, gpus_with(80, 80, 80, 80))[0]["tensor_parallel_size"] == 1
-    assert arguments_for(given, gpus_with(80, 80, 60, 80))[0]["tensor_parallel_size"] == 2
+    assert arguments_for(given, gpus_with(60, 80, 80, 80))[0]["tensor_parallel_size"] == 2
     less = replace(given, engine_options={"gpu_memory_utilization": 0.5})
     assert arguments_for(less, gpus_with(80, 80, 80, 80))[0]["tensor_parallel_size"] == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "size", "part"),
+    [({}, 1, 0.9), ({"tensor_parallel_size": 2}, 2, 0.9), ({"tensor_parallel_size": 4}, 4, 0.087)],
+)
+def test_gpus_that_are_not_used_may_be_full(
+    tmp_path: Path, options: dict[str, Any], size: int, part: float
+) -> None:
+    given = spec(model(tmp_path, 15), num_gpus=4, engine_options=options)
+    arguments, _ = arguments_for(given, gpus_with(80, 80, 80, 8))
+    assert arguments["tensor_parallel_size"] == size
+    assert arguments["gpu_memory_utilization"] == part
 
 
 @pytest.mark.parametrize(

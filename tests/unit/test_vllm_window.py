@@ -39,10 +39,21 @@ def test_short_answers_and_shared_prompts_make_room() -> None:
     assert window.at_a_time == 78
     for _ in range(1000):
         window.answered(2000, 1800, 200)
-    assert 800 < window.at_a_time < 1024
+    assert 800 < window.at_a_time <= 1024
     for _ in range(10_000):
         window.answered(8000, 0, 200)
     assert window.at_a_time < 60
+
+
+@pytest.mark.parametrize(("before", "after", "fitting"), [(6000, 300, 570), (300, 6000, 32)])
+def test_what_was_long_ago_is_forgotten(before: int, after: int, fitting: int) -> None:
+    """Costly requests come first."""
+    window = Window(1024, 200_000, 100)
+    for _ in range(20_000):
+        window.answered(before, 0, 100)
+    for _ in range(1500):
+        window.answered(after, 0, 100)
+    assert 0.7 * fitting < window.at_a_time < 1.5 * fitting
 
 
 @pytest.mark.parametrize(

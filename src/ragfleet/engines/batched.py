@@ -65,11 +65,10 @@ class BatchedLoop:
         self._aborted: set[RequestKey] = set()
         self._num_batches = 0
         self._ladder = OomLadder()
-        lists = (module for module in model.modules() if isinstance(module, torch.nn.ModuleList))
-        self._layers = list(next(lists, ()))
+        self._layers = _decoder_layers(model)
         self._most_tokens = math.inf
         if spec.num_gpus and not spec.batch_size:
-            self._most_tokens = PREFILL_OPERATIONS / (2 * model.num_parameters())
+            self._most_tokens = PREFILL_OPERATIONS / (2 * _weights_of_a_token(model))
 
     @property
     def has_work(self) -> bool:
@@ -234,6 +233,25 @@ class BatchedLoop:
         finally:
             for hook in hooks:
                 hook.remove()
+
+
+def _decoder_layers(model: Any) -> list[Any]:
+    """Those that read text, also of a model that reads images as well."""
+    number = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    for module in model.modules():
+        if isinstance(module, torch.nn.ModuleList) and len(module) == number:
+            return list(module)
+    return []
+
+
+def _weights_of_a_token(model: Any) -> float:
+    """About as many as a token is multiplied with: those of quantised layers are not parameters,
+    and of a mixture's experts few are asked."""
+    config = model.config.get_text_config()
+    layers, hidden = (getattr(config, n, None) for n in ("num_hidden_layers", "hidden_size"))
+    if isinstance(layers, int) and isinstance(hidden, int):
+        return 12.0 * layers * hidden**2
+    return float(max(1, model.num_parameters()))
 
 
 def _length(prepared: Prepared) -> int:

@@ -19,7 +19,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
 from ragfleet.engines.protocol import EngineSpec
 from ragfleet.errors import ModelError
-from ragfleet.model_files import check_weights, read_json
+from ragfleet.model_files import check_weights, read_json, weights_bytes
 
 log = logging.getLogger(__name__)
 
@@ -87,24 +87,31 @@ def _devices(spec: EngineSpec) -> tuple[Any, list[str]]:
         from ragfleet.gpus import discover_gpus, explain_torch_blind
 
         raise explain_torch_blind(discover_gpus(), torch.__version__, torch.version.cuda)
+    notes = []
     if spec.gpu_memory_bytes is not None:
-        _keep_to(spec.gpu_memory_bytes)
+        notes = _keep_to(spec, spec.gpu_memory_bytes)
     if spec.num_gpus == 1:
-        return {"": 0}, []
+        return {"": 0}, notes
     return "auto", [
+        *notes,
         f"the layers are spread over {spec.num_gpus} GPUs and run one after another: more GPUs hold"
-        " a larger model, they do not answer faster"
+        " a larger model, they do not answer faster",
     ]
 
 
-def _keep_to(part_bytes: int) -> None:
+def _keep_to(spec: EngineSpec, part_bytes: int) -> list[str]:
     """Of each GPU that workers share. Else one that comes first takes what the others need, and
-    their requests fail for want of memory; so they get smaller batches."""
+    their requests fail for want of memory; so they get smaller batches. Notes for the log."""
+    assert spec.model_dir is not None
+    weights = weights_bytes(spec.model_dir, DTYPES[spec.precision].itemsize) / spec.num_gpus
+    if part_bytes - CONTEXT_BYTES < weights:  # --gpu_pick all: as much as it gets
+        return ["this worker's part of the GPU does not hold the model, so it is held to none"]
     for device in range(torch.cuda.device_count()):
         _, total = torch.cuda.mem_get_info(device)
         # What CUDA takes for the process itself is not counted by torch.
         share = (part_bytes - CONTEXT_BYTES) / total
-        torch.cuda.set_per_process_memory_fraction(min(1.0, max(0.0, share)), device)
+        torch.cuda.set_per_process_memory_fraction(min(1.0, share), device)
+    return []
 
 
 def _load_config(model_dir: Path, trust_remote_code: bool) -> Any:

@@ -85,7 +85,9 @@ def engine_arguments(
             arguments["tensor_parallel_size"], note = _parallel_size(spec, gpus)
             notes += [note] if note else []
         if gpus:
-            arguments["gpu_memory_utilization"] = utilisation(gpus, spec.gpu_memory_bytes)
+            sizes = {**arguments, **spec.engine_options}
+            used = sizes["tensor_parallel_size"] * sizes.get("pipeline_parallel_size", 1)
+            arguments["gpu_memory_utilization"] = _utilisation(spec, gpus, used)
         if spec.gpu_memory_bytes is not None:
             arguments |= _shared_gpu(spec, spec.gpu_memory_bytes)
     else:
@@ -151,11 +153,15 @@ def _parallel_size(spec: EngineSpec, gpus: Sequence[Gpu]) -> tuple[int, str | No
     sizes = _valid_sizes(spec, spec.num_gpus // stages)
     size = sizes[-1]
     if gpus:
-        part = spec.engine_options.get("gpu_memory_utilization")
-        part = part if isinstance(part, int | float) else utilisation(gpus, spec.gpu_memory_bytes)
-        room_bytes = _WEIGHTS_SHARE * part * min(gpu.total_bytes for gpu in gpus)
         stage_bytes = _weights_bytes(spec) / stages
-        size = next((size for size in sizes if stage_bytes / size <= room_bytes), size)
+        size = next(
+            (
+                size
+                for size in sizes
+                if stage_bytes / size <= _WEIGHTS_SHARE * _room_bytes(spec, gpus, stages * size)
+            ),
+            size,
+        )
     if stages * size == spec.num_gpus:
         return size, None
     how = f"tensor parallel over {size}" if stages == 1 else f"{stages} stages of {size}"
@@ -166,6 +172,20 @@ def _parallel_size(spec: EngineSpec, gpus: Sequence[Gpu]) -> tuple[int, str | No
         if size < sizes[-1] or sizes[-1] == 1
         else f"{how}: the model's heads don't split {spec.num_gpus // stages} ways"
     )
+
+
+def _utilisation(spec: EngineSpec, gpus: Sequence[Gpu], num_used: int) -> float:
+    """Of the first GPUs, which are those that vLLM takes: what others hold of the rest is nothing
+    to it."""
+    return utilisation(gpus[: max(1, num_used)], spec.gpu_memory_bytes)
+
+
+def _room_bytes(spec: EngineSpec, gpus: Sequence[Gpu], num_used: int) -> float:
+    """What vLLM takes of each of its GPUs."""
+    part = spec.engine_options.get("gpu_memory_utilization")
+    if not isinstance(part, int | float):
+        part = _utilisation(spec, gpus, num_used)
+    return float(part * min(gpu.total_bytes for gpu in gpus[:num_used]))
 
 
 def _valid_sizes(spec: EngineSpec, most: int) -> list[int]:

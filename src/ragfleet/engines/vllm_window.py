@@ -14,6 +14,8 @@ _TYPICAL_PROMPT: Final = 1024
 """Tokens, until prompts were seen: an engine is told nothing of them when it starts."""
 _WEIGHT: Final = 32
 """Answers that the first estimate counts for."""
+_MOST_WEIGHT: Final = 512
+"""Answers that what came before counts for: costly requests come first, and others later."""
 
 
 class Window:
@@ -40,6 +42,8 @@ class Window:
         """What one took, beside what was there already; half of its answer over its time."""
         self._tokens += prompt_tokens - cached_tokens + new_tokens / 2
         self._count += 1
+        if self._count >= _MOST_WEIGHT:
+            self._tokens, self._count = self._tokens / 2, self._count // 2
 
     @property
     def at_a_time(self) -> int:

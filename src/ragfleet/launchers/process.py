@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import signal
 import subprocess
@@ -55,6 +56,8 @@ class WorkerProcess:
         self.timed_out = False
         self.start_error: RagfleetError | None = None
         """Why it could not start."""
+        self.start_failed_s = math.inf
+        """When it said so."""
         self.kill_at_s: float | None = None
         """When a stalled worker has had its time to write its stacks."""
         self.killed_s: float | None = None

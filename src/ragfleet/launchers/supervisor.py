@@ -169,8 +169,10 @@ class Supervisor:
                 process.life.observe(beats[process.owner], now_s)
             self._watch.end_if_blocked(process, now_s)
             self._watch.end_if_stalled(process, now_s)
-            if process.life.has_left_for(_LEAVE_S, now_s):
-                process.kill()  # a thread that somebody started keeps it
+            if process.life.has_left_for(_LEAVE_S, now_s) or (
+                now_s > process.start_failed_s + _LEAVE_S
+            ):
+                process.kill()  # a thread that somebody started keeps it, or a driver
             if process.killed_s is not None and now_s > process.killed_s + DEATH_S:
                 self._abandon(process)
         if self._on_tick is not None:
@@ -224,7 +226,8 @@ class Supervisor:
                     continue
                 error = error_named(event.data.get("error", ""), event.message)
                 if isinstance(error, UsageError) and not process.life.ready:
-                    process.start_error = error  # whose trouble it is shows later
+                    # Whose trouble it is shows later.
+                    process.start_error, process.start_failed_s = error, time.monotonic()
                 else:
                     self._stop(error)
         if process.is_silent and process.events_fd in self._selector.get_map():
@@ -249,7 +252,11 @@ class Supervisor:
             if self._error is not None or self._all_done():
                 continue
             if process.start_error is not None:
-                self._starts.fail(process.seat.rank, process)
+                rank = process.seat.rank
+                self._starts.fail(rank, process)
+                if self._starts.verdict() == "not known":
+                    text = f"worker {rank} could not start: {process.start_error}"
+                    self._on_event(Event("note", f"{text} Others still load.", rank))
             else:
                 self._replace(process, code or 0)
         if self._orphanage is not None:

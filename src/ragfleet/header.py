@@ -118,7 +118,9 @@ def _model(preparation: Preparation) -> str:
         origin = "on CPU"
         if preparation.allocation.gpus_per_worker:
             own = resolve_precision(config, preparation.model_dir, True)
-            origin = "checkpoint's own" if own == preparation.precision else f"no {own} here"
+            origin = (
+                "checkpoint's own" if own == preparation.precision else f"the checkpoint has {own}"
+            )
         why = f" ({origin})" if config.precision == "auto" else ""
         name = config.model_path
         if preparation.model_dir == pocket_folder():

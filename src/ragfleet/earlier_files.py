@@ -52,7 +52,7 @@ def move_away(paths: RunPaths, private: bool) -> None:
     inside = [path for path in paths.directory.iterdir() if path != paths.lock]
     if not old and not inside:
         return
-    backup = output.with_name(backup_name(output).stem)
+    backup = _backup(output)[1]
     backup.mkdir(mode=0o700 if private else 0o777)
     (backup / paths.directory.name).mkdir()
     for path in old:
@@ -62,11 +62,16 @@ def move_away(paths: RunPaths, private: bool) -> None:
 
 
 def backup_name(output: Path) -> Path:
+    return _backup(output)[0]
+
+
+def _backup(output: Path) -> tuple[Path, Path]:
+    """Free names for a backup of the output alone, and for a folder of all of its run's files."""
     stamp = time.strftime("%Y%m%d-%H%M%S")
     number = 0
     while True:
-        suffix = f"-{number}" if number else ""
-        name = output.with_name(f"{output.stem}.bak-{stamp}{suffix}{output.suffix}")
-        if not name.exists() and not name.with_name(name.stem).exists():
-            return name
+        stem = f"{output.stem}.bak-{stamp}" + (f"-{number}" if number else "")
+        file, folder = output.with_name(f"{stem}{output.suffix}"), output.with_name(stem)
+        if not file.exists() and not folder.exists():
+            return file, folder
         number += 1

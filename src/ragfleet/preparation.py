@@ -36,6 +36,9 @@ POCKET: Final = "pocket"
 """The name of the demo model that this package brings along."""
 EngineKind = Literal["transformers", "vllm", "openai_compatible", "echo"]
 
+MOST_NAME_BYTES: Final = 225
+"""Of an output's name. File systems have 255; backups, shards and temporary files add to it."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Preparation:
@@ -280,6 +283,14 @@ def check_paths(config: RunConfig) -> None:
             raise OutputError(f"--output_file {output} is a folder; name a file in it.")
     except OSError as error:  # a name that no file can have
         raise OutputError(f"Can't write to {output}: {error.strerror}.") from None
+    if output.exists() and not output.is_file():
+        raise OutputError(f"--output_file {output} is no ordinary file; name another one.")
+    if len(os.fsencode(output.name)) > MOST_NAME_BYTES:
+        raise OutputError(
+            f"The name of --output_file {output} has {len(os.fsencode(output.name))} bytes; with"
+            f" more than {MOST_NAME_BYTES} there is no room for the files beside it. Take a shorter"
+            " one."
+        )
     if output.exists() and config.contexts_file.exists() and output.samefile(config.contexts_file):
         raise OutputError("--output_file is the contexts file itself; name another file.")
     if is_own_name(config.contexts_file, output):

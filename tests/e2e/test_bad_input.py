@@ -305,6 +305,12 @@ REFUSED = {
     "the output is a folder": Refused(
         r"is a folder; name a file in it", (*ECHO, "--output_file", ".")
     ),
+    "the output is a device": Refused(
+        r"/dev/null is no ordinary file", (*ECHO, "--output_file", "/dev/null")
+    ),
+    "the output's name leaves no room": Refused(
+        r"has 246 bytes; with more than 225", (*ECHO, "--output_file", f"{'中' * 80}.jsonl")
+    ),
     "the output is the input": Refused(
         r"is the contexts file itself", (*ECHO, "--output_file", "in.jsonl")
     ),
@@ -653,6 +659,22 @@ def test_fewer_answers_than_before_keep_the_old_file(tmp_path: Path) -> None:
     assert backup.read_bytes() == before
     assert backup.name in done.stderr
     assert "no selected line asks for: 2" in done.stdout
+
+
+@pytest.mark.parametrize("name", ["answers", ".answers", "中" * 73 + ".jsonl"])
+def test_outputs_with_other_names(tmp_path: Path, name: str) -> None:
+    """Without an ending, or as long as may be: moved away, kept and written all the same."""
+    write(tmp_path / "in.jsonl", [record(n) for n in range(3)])
+    asked = (*ECHO, "--output_file", name)
+    assert infer(tmp_path, *asked).returncode == 0
+    assert infer(tmp_path, *asked, "--overwrite").returncode == 0
+    write(tmp_path / "in.jsonl", [record(0)])
+    assert infer(tmp_path, *asked).returncode == 0
+    assert len(rows_of(tmp_path / name)) == 1
+    stem = Path(name).stem
+    folders = [path for path in tmp_path.glob(f"{stem}.bak-*") if path.is_dir()]
+    files = [path for path in tmp_path.glob(f"{stem}.bak-*") if path.is_file()]
+    assert [len(rows_of(path)) for path in (*files, folders[0] / name)] == [3, 3]
 
 
 def test_environment_of_torchrun_without_torchrun(tmp_path: Path) -> None:

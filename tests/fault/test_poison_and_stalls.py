@@ -25,6 +25,12 @@ class Poisoned(QueryBasedInference):
             os.abort()
         return query[::-1]
 
+class Several(QueryBasedInference):
+    def generate_answer(self, query, context, retrieval_method):
+        if query in ("q3", "q4", "q20"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return query[::-1]
+
 def once(name):
     """True for the first process that asks."""
     try:
@@ -99,6 +105,14 @@ def test_one_poison_record_in_a_thousand_is_one_failure_row(poisoned: Path) -> N
     deaths = list(poisoned.glob("out.run/launches/*/claims/death.*"))
     print(f"{len(deaths)} deaths")
     assert 3 <= len(deaths) <= 7  # log2(32) + 2
+
+
+def test_several_poison_records_end_no_worker_for_good(tmp_path: Path) -> None:
+    rows, said = run(tmp_path, 30, "Several", "--num_workers", "1")
+    failures = [(row["id"], row["error_type"]) for row in rows if not row["success"]]
+    assert failures == [("r3", "poison"), ("r4", "poison"), ("r20", "poison")]
+    assert len(list(tmp_path.glob("out.run/launches/*/claims/death.*"))) == 9
+    assert "given up" not in said
 
 
 def test_a_worker_without_progress_is_ended_with_its_grandchild(tmp_path: Path) -> None:

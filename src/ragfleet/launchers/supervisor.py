@@ -37,6 +37,7 @@ from ragfleet.events import Event, OnEvent
 from ragfleet.journal import read_journal
 from ragfleet.launch import Launch, LaunchPaths, write_atomically
 from ragfleet.launchers.process import DEATH_S, Seat, WorkerProcess
+from ragfleet.launchers.restarts import Restarts, Verdict
 from ragfleet.launchers.signals import ParentWatch, Signals
 from ragfleet.launchers.starts import Starts
 from ragfleet.launchers.watch import Watch
@@ -54,8 +55,6 @@ _LEAVE_S: Final = 5.0
 START_AGAIN_S: Final = 5.0
 """After a worker that could not start, for each of its deaths: what took its GPU or its memory may
 be gone by then."""
-_PROVEN: Final = 100
-"""A worker that finished so many requests before it died starts counting its restarts anew."""
 
 
 class Supervisor:
@@ -85,10 +84,10 @@ class Supervisor:
         """
         self._paths, self._launch, self._logs = paths, launch, logs
         self._num_chunks, self._max_restarts = num_chunks, max_restarts
+        self._restarts = {seat.rank: Restarts(max_restarts) for seat in seats}
         self._on_event, self._on_tick, self._keep_fds = on_event, on_tick, keep_fds
         self._store = ClaimStore(paths.claims)
         self._running: dict[int, WorkerProcess] = {}
-        self._deaths: dict[int, int] = {seat.rank: 0 for seat in seats}
         self._incarnations: dict[int, int] = {seat.rank: 0 for seat in seats}
         self._starts: Starts[WorkerProcess] = Starts(paths.directory, launch.num_started)
         self._later: dict[int, float] = {}
@@ -150,8 +149,8 @@ class Supervisor:
             return True
         if self._starts.all_given_up():
             self._error = WorkersFailed(
-                f"No worker is left. Each died more than {self._max_restarts} times in a row, or"
-                f" can't be ended; the logs say why: {self._logs}{self._last_words}"
+                f"No worker is left. Each died more than {self._max_restarts} times and nothing"
+                f" explains it, or can't be ended; the logs say why: {self._logs}{self._last_words}"
             )
             return True
         return False
@@ -279,7 +278,6 @@ class Supervisor:
     def _replace(self, process: WorkerProcess, code: int) -> None:
         rank = process.seat.rank
         log, beat = self._log_of(rank), process.life.beat
-        finished = beat.succeeded + beat.failed if beat else 0
         if process.timed_out and beat is not None and beat.succeeded:
             self._spawn(process.seat)  # one request hung, and others did not
             return
@@ -287,39 +285,36 @@ class Supervisor:
         if process.start_error is not None:
             how = f"it could not start: {process.start_error}"
             self._last_words = f"\nThe last one said: {process.start_error}"
-        if self._was_trial(process):
-            self._on_event(
-                Event("died", f"worker {rank} died ({how}) while suspects were tried", rank)
-            )
+        restarts = self._restarts[rank]
+        verdict = self._verdict(process)
+        if verdict == "give up":
+            self._give_up(rank)
+            text = f"worker {rank} died ({how}) and is given up. Its log: {log}"
+            self._on_event(Event("gave_up", text, rank))
+            return
+        what = " while suspects were tried"
+        if verdict == "restart":
+            count = f", {restarts.count} of {restarts.most}" if restarts.count else ""
+            what = f"; restarting{count}. Its log: {log}"
+        self._on_event(Event("died", f"worker {rank} died ({how}){what}", rank))
+        if process.start_error is None:
             self._spawn(process.seat)
-            return
-        self._deaths[rank] = 1 if finished >= _PROVEN else self._deaths[rank] + 1
-        if self._deaths[rank] <= self._max_restarts:
-            self._on_event(
-                Event(
-                    "died",
-                    f"worker {rank} died ({how}); restarting, {self._deaths[rank]} of"
-                    f" {self._max_restarts}. Its log: {log}",
-                    rank,
-                )
-            )
-            if process.start_error is None:
-                self._spawn(process.seat)
-            else:
-                self._later[rank] = time.monotonic() + START_AGAIN_S * self._deaths[rank]
-            return
-        self._give_up(rank)
-        self._on_event(
-            Event("gave_up", f"worker {rank} died ({how}) and is given up. Its log: {log}", rank)
-        )
+        else:
+            self._later[rank] = time.monotonic() + START_AGAIN_S * restarts.count
 
-    def _was_trial(self, process: WorkerProcess) -> bool:
-        """Whether all it had in flight were suspects already: such a death narrows them down."""
+    def _verdict(self, process: WorkerProcess) -> Verdict:
         board = Board(slices=(), costs=())
         self._store.refresh(board)
+        after = Suspicion.of(board.deaths.values())
         rows = board.deaths.pop(process.owner, ())
-        before = Suspicion.of(board.deaths.values())
-        return bool(rows) and all(before.is_suspect(row) for row in rows)
+        beat = process.life.beat
+        return self._restarts[process.seat.rank].died(
+            rows,
+            succeeded=beat.succeeded if beat else 0,
+            finished=beat.succeeded + beat.failed if beat else 0,
+            before=Suspicion.of(board.deaths.values()),
+            after=after,
+        )
 
     def _forget(self, process: WorkerProcess) -> None:
         for fd in (process.pidfd, process.events_fd):

@@ -310,6 +310,7 @@ class Worker:
         if isinstance(outcome, Completion):
             if outcome.inference_time_s is not None:
                 inference_time = microseconds(outcome.inference_time_s)
+            self.journal.count_answer()
             self.outcomes.complete(item, outcome, inference_time)
         elif outcome.retryable and item.attempts <= self.launch.max_retries:
             item.attempts += 1

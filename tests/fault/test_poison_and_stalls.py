@@ -27,7 +27,7 @@ class Poisoned(QueryBasedInference):
 
 class Several(QueryBasedInference):
     def generate_answer(self, query, context, retrieval_method):
-        if query in ("q3", "q4", "q20"):
+        if query in ("q3", "q4", "q5", "q6", "q20"):
             os.kill(os.getpid(), signal.SIGKILL)
         return query[::-1]
 
@@ -110,8 +110,8 @@ def test_one_poison_record_in_a_thousand_is_one_failure_row(poisoned: Path) -> N
 def test_several_poison_records_end_no_worker_for_good(tmp_path: Path) -> None:
     rows, said = run(tmp_path, 30, "Several", "--num_workers", "1")
     failures = [(row["id"], row["error_type"]) for row in rows if not row["success"]]
-    assert failures == [("r3", "poison"), ("r4", "poison"), ("r20", "poison")]
-    assert len(list(tmp_path.glob("out.run/launches/*/claims/death.*"))) == 9
+    assert failures == [(f"r{number}", "poison") for number in (3, 4, 5, 6, 20)]
+    assert len(list(tmp_path.glob("out.run/launches/*/claims/death.*"))) == 15
     assert "given up" not in said
 
 

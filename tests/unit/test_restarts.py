@@ -13,13 +13,12 @@ class Deaths:
         self.restarts = Restarts(most)
         self.sets: list[Sequence[int]] = []
 
-    def died(self, *rows: int, succeeded: int = 0, finished: int = 0) -> Verdict:
+    def died(self, *rows: int, answered: int = 0) -> Verdict:
         before = Suspicion.of(self.sets)
         self.sets.append(rows)
         return self.restarts.died(
             rows,
-            succeeded=succeeded,
-            finished=finished or succeeded,
+            num_answered=answered,
             before=before,
             after=Suspicion.of(self.sets),
         )
@@ -27,7 +26,7 @@ class Deaths:
 
 def test_deaths_without_a_cause_count() -> None:
     deaths = Deaths()
-    assert [deaths.died(n, n + 1, succeeded=9) for n in (0, 10, 20, 30)] == [
+    assert [deaths.died(n, n + 1, answered=9) for n in (0, 10, 20, 30)] == [
         "restart",
         "restart",
         "restart",
@@ -44,7 +43,7 @@ def test_nothing_in_flight_counts_too() -> None:
 def test_who_has_proved_itself_counts_anew() -> None:
     deaths = Deaths(1)
     for number in range(5):
-        assert deaths.died(number, succeeded=100) == "restart"
+        assert deaths.died(number, answered=100) == "restart"
         assert deaths.restarts.count == 1
 
 
@@ -53,7 +52,7 @@ def test_records_that_kill_explain_their_deaths() -> None:
     deaths = Deaths()
     bad = range(10)
     for row in bad:
-        assert deaths.died(row, succeeded=3) == "restart"
+        assert deaths.died(row, answered=3) == "restart"
         assert deaths.died(row) == "restart"
         assert deaths.restarts.count <= 1
     for row in bad:
@@ -68,7 +67,7 @@ def test_of_many_in_flight_one_is_found() -> None:
     while len(rows) > 1:
         rows = rows[: len(rows) // 2]
         assert deaths.died(*rows) == "trial"
-    assert deaths.died(32, 33, succeeded=30) == "restart"
+    assert deaths.died(32, 33, answered=30) == "restart"
 
 
 def test_an_engine_that_answers_nothing_is_given_up() -> None:
@@ -86,7 +85,7 @@ def test_an_engine_that_answers_nothing_is_given_up() -> None:
 
 def test_an_engine_that_breaks_later_does_not_poison_everything() -> None:
     deaths = Deaths()
-    deaths.died(*range(100, 140), succeeded=50)
+    deaths.died(*range(100, 140), answered=50)
     deaths.died(*range(100, 140))
     verdicts = [deaths.died(row) for row in range(100, 140)]
     assert verdicts.index("give up") == MOST_IN_A_ROW

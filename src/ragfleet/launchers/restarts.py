@@ -14,7 +14,7 @@ from typing import Final, Literal
 from ragfleet.poison import Suspicion
 
 PROVEN: Final = 100
-"""A worker that finished so many requests before it died starts counting anew."""
+"""A worker that answered so many requests before it died starts counting anew."""
 MOST_IN_A_ROW: Final = 16
 """Records that kill one after the other, each alone and with no answer in between: more are not the
 records' fault. Of a worker that never answered anything `max_restarts` are."""
@@ -45,17 +45,16 @@ class Restarts:
         self,
         rows: Sequence[int],
         *,
-        succeeded: int,
-        finished: int,
+        num_answered: int,
         before: Suspicion,
         after: Suspicion,
     ) -> Verdict:
         """`rows` were in flight, `before` and `after` is what all deaths say without and with this
-        one; `succeeded` and `finished` requests the dead process had."""
+        one; `num_answered`: by the dead process."""
         is_trial = bool(rows) and all(before.is_suspect(row) for row in rows)
-        if succeeded:
+        if num_answered:
             self._has_answered, self._fruitless, self._alone = True, 0, 0
-        if finished >= PROVEN:
+        if num_answered >= PROVEN:
             self._sets.clear()
         if is_trial:
             self._alone += len(rows) == 1

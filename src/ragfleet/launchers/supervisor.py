@@ -34,7 +34,7 @@ from ragfleet.errors import (
     error_named,
 )
 from ragfleet.events import Event, OnEvent
-from ragfleet.journal import read_journal
+from ragfleet.journal import LastWords, read_journal
 from ragfleet.launch import Launch, LaunchPaths, write_atomically
 from ragfleet.launchers.process import DEATH_S, Seat, WorkerProcess
 from ragfleet.launchers.restarts import Restarts, Verdict
@@ -92,7 +92,7 @@ class Supervisor:
         self._starts: Starts[WorkerProcess] = Starts(paths.directory, launch.num_started)
         self._later: dict[int, float] = {}
         """When workers that could not start are started again, by rank."""
-        self._last_words = ""
+        self._last_error = ""
         self._seats = seats
         self._selector = selectors.DefaultSelector()
         self._error: RagfleetError | None = None
@@ -150,7 +150,7 @@ class Supervisor:
         if self._starts.all_given_up():
             self._error = WorkersFailed(
                 f"No worker is left. Each died more than {self._max_restarts} times and nothing"
-                f" explains it, or can't be ended; the logs say why: {self._logs}{self._last_words}"
+                f" explains it, or can't be ended; the logs say why: {self._logs}{self._last_error}"
             )
             return True
         return False
@@ -243,7 +243,7 @@ class Supervisor:
             self._forget(process)
             if self._orphanage is not None and not self._running:
                 self._orphanage.end()  # a GPU it holds is missing when the next worker loads
-            in_flight = read_journal(self._paths.journals / process.owner)
+            in_flight = self._last_words(process).in_flight
             if code != 0 and not process.timed_out and self._error is None:
                 self._store.record_death(process.owner, in_flight)
             self._store.bury(process.owner)
@@ -276,15 +276,14 @@ class Supervisor:
                 self._stop(type(error)(f"{error}\nThe log of worker {process.seat.rank}: {log}"))
 
     def _replace(self, process: WorkerProcess, code: int) -> None:
-        rank = process.seat.rank
-        log, beat = self._log_of(rank), process.life.beat
+        rank, log, beat = process.seat.rank, self._log_of(process.seat.rank), process.life.beat
         if process.timed_out and beat is not None and beat.succeeded:
             self._spawn(process.seat)  # one request hung, and others did not
             return
         how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
         if process.start_error is not None:
             how = f"it could not start: {process.start_error}"
-            self._last_words = f"\nThe last one said: {process.start_error}"
+            self._last_error = f"\nThe last one said: {process.start_error}"
         restarts = self._restarts[rank]
         verdict = self._verdict(process)
         if verdict == "give up":
@@ -307,14 +306,15 @@ class Supervisor:
         self._store.refresh(board)
         after = Suspicion.of(board.deaths.values())
         rows = board.deaths.pop(process.owner, ())
-        beat = process.life.beat
         return self._restarts[process.seat.rank].died(
             rows,
-            succeeded=beat.succeeded if beat else 0,
-            finished=beat.succeeded + beat.failed if beat else 0,
+            num_answered=self._last_words(process).num_answered,
             before=Suspicion.of(board.deaths.values()),
             after=after,
         )
+
+    def _last_words(self, process: WorkerProcess) -> LastWords:
+        return read_journal(self._paths.journals / process.owner)
 
     def _forget(self, process: WorkerProcess) -> None:
         for fd in (process.pidfd, process.events_fd):
@@ -336,7 +336,7 @@ class Supervisor:
         del self._running[rank]
         self._forget(process)
         if not process.timed_out and self._error is None:
-            in_flight = read_journal(self._paths.journals / process.owner)
+            in_flight = self._last_words(process).in_flight
             self._store.record_death(process.owner, in_flight)
         self._store.bury(process.owner)
         self._give_up(rank)

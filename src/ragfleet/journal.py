@@ -69,6 +69,8 @@ def read_journal(path: Path) -> LastWords:
     try:
         data = path.read_bytes()
     except FileNotFoundError:
+        data = b""
+    if len(data) != _NUM_BYTES:  # the disk was full
         return LastWords([], 0)
     *slots, count = (number for (number,) in _slot.iter_unpack(data))
     return LastWords([row - 1 for row in slots if row], count)

@@ -6,13 +6,18 @@ import importlib.util
 import json
 import os
 import resource
+from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from making import read_rows, write_corpus, write_sdist
 
+from ragfleet.cli import main
+from ragfleet.contexts import generate, retrieve
+from ragfleet.contexts.dense import Vectors
 from ragfleet.contexts.generate import generate_contexts
 from ragfleet.contexts.options import ContextsOptions
 from ragfleet.contexts.queries import check_queries, read_queries
@@ -144,6 +149,56 @@ def test_one_broken_line_in_a_corpus(tmp_path: Path, corpus: Path) -> None:
     said: list[str] = []
     assert generate_contexts(options(tmp_path), said.append).num_failed == 0
     assert any("1.0.jsonl" in text and "1 line" in text for text in said)
+
+
+@pytest.mark.parametrize("data", ["", '{"x": 1}\n', '{"path": "p", "doc": ""}\n'])
+@pytest.mark.parametrize("embeds", [False, True])
+def test_a_corpus_without_documents(
+    tmp_path: Path,
+    corpus: Path,
+    data: str,
+    embeds: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """It costs its own questions their contexts, and nobody else."""
+    empty = write_corpus(corpus, "p", "1.0", [])
+    empty.write_text(data)
+    both = {"pkg": "1.0", "p": "1.0"}
+    write_queries(
+        tmp_path,
+        ROW,
+        {"id": "b", "query": "x", "dependencies": {"p": "1.0"}},
+        {"id": "c", "query": "sort an array", "dependencies": both},
+        {"id": "d", "query": "x", "target_api": "p.f", "dependencies": both},
+    )
+    if embeds:
+        monkeypatch.setattr(retrieve, "make_embedder", lambda *_: Flat())
+        monkeypatch.setattr(generate, "check_embedder", lambda *_: None)
+        monkeypatch.setenv("TOGETHER_API_KEY", "k")
+    source = "togetherai" if embeds else None
+    generate_contexts(options(tmp_path, embedding_source=source))
+    rows = read_rows(tmp_path / "out.jsonl")
+    assert [row["success"] for row in rows] == [True, False, True, False]
+    assert rows[1]["error_type"] == "no_corpus"
+    assert f"p 1.0 has no usable document ({empty})" in rows[1]["error"]
+    assert rows[2]["missing_dependencies"] == ["p"]
+    main(["corpus", "check", str(corpus)])
+    assert "p==1.0 (docstring): 0 documents" in (out := capsys.readouterr().out)
+    assert out.count("WARNING: without documents") == 1
+    # Once it has documents, what lacked them is retrieved again.
+    write_corpus(corpus, "p", "1.0", [{"path": "p.f", "doc": "Sort x."}])
+    assert generate_contexts(options(tmp_path, embedding_source=source)).num_failed == 0
+    assert "missing_dependencies" not in read_rows(tmp_path / "out.jsonl")[2]
+
+
+class Flat:
+    """An embedder to which all texts mean the same."""
+
+    name = "flat"
+
+    def embed(self, texts: Sequence[str]) -> Vectors:
+        return np.ones((len(texts), 3), np.float32)
 
 
 def test_no_room(tmp_path: Path, corpus: Path) -> None:

@@ -82,6 +82,7 @@ def test_forms_of_queries_files(tmp_path: Path, data: bytes, count: int) -> None
         (b'[{"query": "q"},', "not valid JSON"),
         (b'[{"query": "\\ud800"}]', "not valid JSON"),
         (b"[]", "has no queries"),
+        (b'{"id": "k", "queries": []}', "none of its queries can be used; `queries` is empty"),
         (b"  \n", "is empty"),
         (b'"text"', "is not an object"),
     ],
@@ -91,6 +92,14 @@ def test_queries_files_that_are_no_good(tmp_path: Path, data: bytes, reason: str
     path.write_bytes(data)
     with pytest.raises(InputError, match=reason):
         check_queries(path)
+
+
+def test_an_item_without_queries_is_a_failure(tmp_path: Path, corpus: Path) -> None:
+    write_queries(tmp_path, {"id": "k", "queries": []}, {**ROW, "queries": []}, {**ROW, "id": "b"})
+    generate_contexts(options(tmp_path))
+    rows = read_rows(tmp_path / "out.jsonl")
+    assert [(row["id"], row["success"]) for row in rows] == [("k", False), ("a", True), ("b", True)]
+    assert (rows[0]["error_type"], rows[0]["error"]) == ("invalid_query", "`queries` is empty")
 
 
 def test_nothing_from_there_on(tmp_path: Path, corpus: Path) -> None:

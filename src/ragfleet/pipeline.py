@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Literal
 
 from ragfleet.config import RunConfig
+from ragfleet.contexts import generate
 from ragfleet.contexts.generate import check_packages, generate_contexts
 from ragfleet.contexts.options import ContextsOptions, EmbeddingSource
-from ragfleet.contexts.queries import read_queries
+from ragfleet.contexts.queries import check_queries, read_queries
 from ragfleet.contexts.store import CorpusStore, NoCorpus
 from ragfleet.contexts.summary import ContextsSummary
 from ragfleet.corpus.build import BuildOptions, build_all
@@ -23,11 +24,13 @@ from ragfleet.corpus.document import CorpusType
 from ragfleet.corpus.download import normal_name
 from ragfleet.corpus.folder import list_corpora
 from ragfleet.corpus.manifest import manifest_path
-from ragfleet.errors import ConfigError, InputError
+from ragfleet.earlier_files import check_output
+from ragfleet.errors import ConfigError, InputError, OutputError
 from ragfleet.events import OnEvent
 from ragfleet.launchers import torchrun
-from ragfleet.preparation import find_model, prepare
+from ragfleet.preparation import Preparation, find_model, prepare
 from ragfleet.runner import run
+from ragfleet.shards import choose, list_shards, scan_shards
 from ragfleet.summary import RunSummary
 
 
@@ -117,7 +120,10 @@ def run_pipeline(
             " without torchrun, or make the contexts first and start `ragfleet infer`."
         )
     contexts_options = options.contexts_options(config)
-    prepare(config, os.environ)  # a wrong model path is said now, not after an hour of contexts
+    # A wrong model path or output is said now: not after an hour of contexts, and not when those of
+    # a finished run are replaced already.
+    _check_files(contexts_options, config.output_file)
+    _check_earlier_answers(prepare(config, os.environ))
     missing = missing_corpora(options)
     if missing and options.build_corpora == "missing":
         say(f"Stage 1 of 3, corpora: {len(missing)} to make: {', '.join(missing[:10])}")
@@ -142,6 +148,23 @@ def run_pipeline(
     say("Stage 3 of 3, answers")
     summary = run(config, on_event)
     return None if summary is None else PipelineSummary(contexts, summary)
+
+
+def _check_files(contexts: ContextsOptions, output: Path) -> None:
+    """Raises InputError and OutputError where one stage would write over another's file."""
+    check_queries(contexts.queries_file, contexts.start_index)
+    if output.resolve() == contexts.queries_file.resolve():
+        raise OutputError("--output_file is the queries file itself; name another file.")
+    if output.resolve() == contexts.output_file.resolve():
+        raise OutputError("--output_file is the contexts file itself; name another file.")
+    generate.check_output(contexts, "--contexts_file")
+
+
+def _check_earlier_answers(preparation: Preparation) -> None:
+    """Raises OutputError where the results file belongs to something else than this run."""
+    if not preparation.config.overwrite:
+        shards = list_shards(preparation.paths.output_file)
+        check_output(preparation, len(choose(scan_shards(shards)).answers))
 
 
 def missing_corpora(options: PipelineOptions) -> list[str]:

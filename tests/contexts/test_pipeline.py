@@ -135,6 +135,49 @@ def test_what_is_wrong_is_said_before_anything_runs(
     assert "no queries file none" in capsys.readouterr().err
 
 
+def test_a_refused_run_changes_nothing(demo: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Above all not the contexts of the finished run, which its results are verified against."""
+    queries, output, contexts = (demo / name for name in ("queries.jsonl", "a.jsonl", "c.jsonl"))
+    flags = ["pipeline", "--corpus_path", str(demo / "corpus"), "--queries_file", str(queries)]
+    flags += ["--build_corpora=missing", "--engine=echo", "--output_file", str(output)]
+    flags += ["--max_samples=5"]
+    assert main([*flags, "--temperature=0"]) == 0
+    before = files(demo)
+    assert main([*flags, "--temperature=0.5", "--max_documents=1"]) == 2
+    assert "belongs to a run with other settings" in capsys.readouterr().err
+    assert files(demo) == before
+    assert main(["verify", str(demo / "a.contexts.jsonl"), str(output)]) == 0
+
+    # So it is where a corpus would be made first.
+    with queries.open("a", encoding="utf-8") as file:
+        file.write('{"query": "q", "dependencies": {"nowhere": "1.0"}}\n')
+    (demo / "foreign.jsonl").write_text("mine\n")
+    before = files(demo)
+    for name, more, reason in [
+        ("foreign.jsonl", [], "no run of ragfleet made it"),
+        ("queries.jsonl", [], "--output_file is the queries file itself"),
+        ("queries.jsonl", ["--overwrite"], "--output_file is the queries file itself"),
+        ("c.jsonl", [], "--output_file is the contexts file itself"),
+        ("d.jsonl", ["--contexts_file", str(queries)], "--contexts_file is the queries file"),
+        ("d.jsonl", ["--contexts_file", str(demo / "foreign.jsonl")], "not made by this command"),
+    ]:
+        options = [*flags, "--contexts_file", str(contexts), "--output_file", str(demo / name)]
+        assert main([*options, *more]) == 2
+        out, err = capsys.readouterr()
+        assert reason in err
+        assert "Stage 1" not in out
+        assert files(demo) == before
+
+
+def files(folder: Path) -> dict[Path, bytes]:
+    """All there is, with its content, but for indexes, which only save work."""
+    return {
+        path: path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file() and ".index" not in path.parts
+    }
+
+
 def test_one_config_file(demo: Path) -> None:
     config = demo / "run.toml"
     config.write_text(

@@ -35,4 +35,4 @@ pipeline_settings() {
 }
 
 # shellcheck source=utils/RAGutils/queryResultByInfer/run_multi_worker_inference.sh
-source "$(dirname "${BASH_SOURCE[0]}")/run_multi_worker_inference.sh"
+source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/run_multi_worker_inference.sh"

@@ -110,7 +110,7 @@ def toml_arguments(path: Path, *kinds: type[Any]) -> list[str]:
     import tomllib
 
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
+        table = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--config {path} can't be read: {error}") from None
     except tomllib.TOMLDecodeError as error:

@@ -31,7 +31,7 @@ from ragfleet.remote.batch_lines import lines_of, read_line, request_line
 from ragfleet.remote.replies import Answer, Fault
 from ragfleet.rows import Answered, encode_value, failed, result_row
 from ragfleet.run_lock import RunLock
-from ragfleet.shards import ShardWriter
+from ragfleet.shards import ShardWriter, is_own_name
 
 
 def export_requests(config: RunConfig, target: Path) -> list[str]:
@@ -43,8 +43,7 @@ def export_requests(config: RunConfig, target: Path) -> list[str]:
     preparation = prepare(config, os.environ, None, needs_key=False)
     if preparation.remote is None:
         raise ConfigError("ragfleet export is for --inference_type openai or togetherai.")
-    if target.exists():
-        raise ConfigError(f"{target} exists already; name another file.")
+    _check_target(target, preparation)
     with RunLock(preparation.paths):
         selection = selection_of(config, preparation.num_workers, preparation.key_fields)
         indexed = index_contexts(selection, preparation.identity.run_key)
@@ -71,6 +70,23 @@ def export_requests(config: RunConfig, target: Path) -> list[str]:
         return _write_files(preparation, records, target)
 
 
+def _check_target(target: Path, preparation: Preparation) -> None:
+    """Raises ConfigError where the requests would take another file's place."""
+    output = preparation.paths.output_file
+    if target.resolve() == output.resolve() or is_own_name(target, output):
+        raise ConfigError(
+            f"{target} is the output itself, or a name that it uses for its own files; the requests"
+            " need a file of their own."
+        )
+    for path in (target, _numbered(target, 2)):
+        if path.exists():
+            raise ConfigError(f"{path} exists already; name another file.")
+
+
+def _numbered(target: Path, number: int) -> Path:
+    return target if number == 1 else target.with_stem(f"{target.stem}-{number:04}")
+
+
 def _write_files(preparation: Preparation, records: Any, target: Path) -> list[str]:
     remote = preparation.remote
     assert remote is not None
@@ -80,8 +96,7 @@ def _write_files(preparation: Preparation, records: Any, target: Path) -> list[s
     size = skipped = 0
 
     def write() -> None:
-        number = len(said) + 1
-        path = target if number == 1 else target.with_stem(f"{target.stem}-{number:04}")
+        path = _numbered(target, len(said) + 1)
         path.write_bytes(b"".join(chunk))
         said.append(f"{len(chunk):,} requests, {size:,} bytes → {path}")
 
@@ -137,7 +152,10 @@ def _request_lines(preparation: Preparation, records: Any) -> Iterator[bytes | N
 
 
 def import_replies(output_file: Path, replies: Path) -> list[str]:
-    """Append whole replies to a shard; merge when nothing is missing any more."""
+    """Append whole replies to a shard; merge when nothing is missing any more.
+
+    Raises InputError for a file that holds none of this run's while some are missing.
+    """
     if not replies.is_file():
         raise InputError(f"There is no file {replies}.")
     paths, run_file = run_of(output_file)
@@ -178,12 +196,17 @@ def import_replies(output_file: Path, replies: Path) -> list[str]:
                     )
                 )
         shard.close()
+    left = len(rows) - taken
+    if left and not taken + passing:
+        raise InputError(
+            f"None of the {unknown:,} lines of {replies} is a reply to an unfinished request of"
+            f" {output_file} (their custom_id says to which); {left:,} requests remain."
+        )
     said = [f"{taken:,} replies taken ({failures:,} of them failures)"]
     if passing:
         said.append(f"{passing:,} failed for a reason that may pass; they remain to do")
     if unknown:
         said.append(f"{unknown:,} lines are no replies to unfinished requests of this run")
-    left = len(rows) - taken
     if left:
         return [*said, f"{left:,} requests remain: export again, or run `ragfleet infer`"]
     return [*said, merge_now(MergeOptions(output_file=output_file))]

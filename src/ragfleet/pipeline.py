@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Literal
 
 from ragfleet.config import RunConfig
+from ragfleet.context_room import context_room
+from ragfleet.contexts import generate
 from ragfleet.contexts.generate import check_packages, generate_contexts
-from ragfleet.contexts.options import ContextsOptions, EmbeddingSource
-from ragfleet.contexts.queries import read_queries
+from ragfleet.contexts.options import MAX_TOKENS, ContextsOptions, EmbeddingSource
+from ragfleet.contexts.queries import check_queries, read_queries
 from ragfleet.contexts.store import CorpusStore, NoCorpus
 from ragfleet.contexts.summary import ContextsSummary
 from ragfleet.corpus.build import BuildOptions, build_all
@@ -23,11 +25,13 @@ from ragfleet.corpus.document import CorpusType
 from ragfleet.corpus.download import normal_name
 from ragfleet.corpus.folder import list_corpora
 from ragfleet.corpus.manifest import manifest_path
-from ragfleet.errors import ConfigError, InputError
+from ragfleet.earlier_files import check_output
+from ragfleet.errors import ConfigError, InputError, OutputError
 from ragfleet.events import OnEvent
 from ragfleet.launchers import torchrun
-from ragfleet.preparation import find_model, prepare
+from ragfleet.preparation import Preparation, prepare
 from ragfleet.runner import run
+from ragfleet.shards import choose, list_shards, scan_shards
 from ragfleet.summary import RunSummary
 
 
@@ -56,8 +60,9 @@ class PipelineOptions:
     """Folder or name of the embedding model (empty: all-MiniLM-L6-v2, from a package)."""
     max_documents: int = 10
     """Most documents in one context."""
-    max_tokens: int = 4000
-    """Most tokens in one context."""
+    max_tokens: int | None = None
+    """Most tokens in one context (empty: 4000, or what the model has room for beside question and
+    answer)."""
     enable_str_match: bool = False
     """Also accept a target that only ends like one documented path (rag_string_match)."""
     nearest_version: bool = False
@@ -74,10 +79,10 @@ class PipelineOptions:
             return self.contexts_file
         return output_file.with_name(f"{output_file.stem}.contexts.jsonl")
 
-    def contexts_options(self, config: RunConfig) -> ContextsOptions:
-        """Tokens are counted by the model that will answer, where its folder is here."""
-        is_here = config.inference_type == "local" and config.engine != "echo"
-        model = find_model(config) if is_here else None
+    def contexts_options(
+        self, config: RunConfig, tokenizer: Path | None, max_tokens: int
+    ) -> ContextsOptions:
+        """Tokens are counted by the `tokenizer` of the model that will answer, where it is here."""
         return ContextsOptions(
             queries_file=self.queries_file,
             corpus_path=self.corpus_path,
@@ -86,8 +91,8 @@ class PipelineOptions:
             embedding_source=self.embedding_source,
             embedding_model=self.embedding_model,
             max_documents=self.max_documents,
-            max_tokens=self.max_tokens,
-            model_path=None if model is None else str(model),
+            max_tokens=max_tokens,
+            model_path=None if tokenizer is None else str(tokenizer),
             enable_str_match=self.enable_str_match,
             nearest_version=self.nearest_version,
             start_index=self.start_index,
@@ -116,8 +121,14 @@ def run_pipeline(
             "ragfleet pipeline is one process that starts its workers; under torchrun, run it"
             " without torchrun, or make the contexts first and start `ragfleet infer`."
         )
-    contexts_options = options.contexts_options(config)
-    prepare(config, os.environ)  # a wrong model path is said now, not after an hour of contexts
+    # A wrong model path or output is said now: not after an hour of contexts, and not when those of
+    # a finished run are replaced already.
+    _check_files(options, config)
+    preparation = prepare(config, os.environ)
+    _check_earlier_answers(preparation)
+    max_tokens, note = _most_tokens(options, preparation)
+    contexts_options = options.contexts_options(config, _tokenizer(preparation), max_tokens)
+    generate.check_output(contexts_options, "--contexts_file")
     missing = missing_corpora(options)
     if missing and options.build_corpora == "missing":
         say(f"Stage 1 of 3, corpora: {len(missing)} to make: {', '.join(missing[:10])}")
@@ -136,12 +147,69 @@ def run_pipeline(
     else:
         say("Stage 1 of 3, corpora: all there")
     say("Stage 2 of 3, contexts")
+    if note is not None:
+        say(f"  {note}")
     contexts = generate_contexts(contexts_options, lambda text: say(f"  {text}"))
     for line in contexts.lines():
         say(f"  {line}")
     say("Stage 3 of 3, answers")
     summary = run(config, on_event)
     return None if summary is None else PipelineSummary(contexts, summary)
+
+
+def _check_files(options: PipelineOptions, config: RunConfig) -> None:
+    """Raises InputError and OutputError where one stage would write over another's file."""
+    check_queries(options.queries_file, options.start_index)
+    output = config.output_file.resolve()
+    if output == options.queries_file.resolve():
+        raise OutputError("--output_file is the queries file itself; name another file.")
+    if output == config.contexts_file.resolve():
+        raise OutputError("--output_file is the contexts file itself; name another file.")
+
+
+def _check_earlier_answers(preparation: Preparation) -> None:
+    """Raises OutputError where the results file belongs to something else than this run."""
+    if not preparation.config.overwrite:
+        shards = list_shards(preparation.paths.output_file)
+        check_output(preparation, len(choose(scan_shards(shards)).answers))
+
+
+def _tokenizer(preparation: Preparation) -> Path | None:
+    """Where contexts' tokens can be counted without code from the Hub."""
+    folder, config = preparation.model_dir, preparation.config
+    if folder is None or config.inference_type == "local" or (folder / "tokenizer.json").is_file():
+        return folder
+    return None
+
+
+def _most_tokens(options: PipelineOptions, preparation: Preparation) -> tuple[int, str | None]:
+    """Most tokens of a context, and the line about what the model has room for.
+
+    Raises ConfigError where it has room for none.
+    """
+    room = context_room(
+        preparation,
+        (
+            {"id": query.id, "target_api": query.target_api, **query.extra, "query": query.query}
+            for query in read_queries(options.queries_file)
+            if query.error is None
+        ),
+    )
+    asked = MAX_TOKENS if options.max_tokens is None else options.max_tokens
+    if room is None or asked <= room.tokens:
+        return asked, None
+    if options.max_tokens is not None:
+        side = preparation.config.truncate_context
+        end = "get failure rows" if side == "error" else f"lose the {side} of their context"
+        return asked, (
+            f"Warning: --max_tokens is {asked:,}, and the model has room for"
+            f" {max(room.tokens, 0):,}: {room.sum}. Prompts that are too long {end}."
+        )
+    if room.tokens < 1:
+        raise ConfigError(
+            f"There is no room for contexts: {room.sum}. Use a smaller --max_new_tokens."
+        )
+    return room.tokens, f"Contexts have at most {room.tokens:,} tokens: {room.sum}."
 
 
 def missing_corpora(options: PipelineOptions) -> list[str]:

@@ -326,11 +326,11 @@ def microseconds(seconds: float) -> float:
 
 
 def _seconds(value: Raw) -> float:
-    """A record's retrieval time in seconds; missing or nonsense counts as 0."""
+    """A record's retrieval time in seconds; missing, negative or nonsense counts as 0."""
     try:
         seconds = decode_any(value)
     except msgspec.DecodeError:
         return 0.0
-    if (type(seconds) is float or type(seconds) is int) and abs(seconds) < _MOST_SECONDS:
+    if (type(seconds) is float or type(seconds) is int) and 0 < seconds < _MOST_SECONDS:
         return float(seconds)
     return 0.0

@@ -39,6 +39,10 @@ from ragfleet.prompts import (
 )
 
 _PROBE = "ragfleet-system-probe"
+_ADVICE = (
+    "Use --truncate_context head or tail (on a finished run together with --retry_failed), or a"
+    " shorter answer."
+)
 
 
 class Backend(Protocol):
@@ -373,5 +377,5 @@ def _too_long(
         error_type="too_long",
         error=f"the prompt has {length} tokens{without} and --max_new_tokens is"
         f" {sampling.max_new_tokens}: {wanted} together, but the model takes {max_model_len}."
-        + ("" if without else " Use --truncate_context head or tail, or a shorter answer."),
+        + ("" if without else f" {_ADVICE}"),
     )

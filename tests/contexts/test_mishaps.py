@@ -6,13 +6,18 @@ import importlib.util
 import json
 import os
 import resource
+from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from making import read_rows, write_corpus, write_sdist
 
+from ragfleet.cli import main
+from ragfleet.contexts import generate, retrieve
+from ragfleet.contexts.dense import Vectors
 from ragfleet.contexts.generate import generate_contexts
 from ragfleet.contexts.options import ContextsOptions
 from ragfleet.contexts.queries import check_queries, read_queries
@@ -77,6 +82,7 @@ def test_forms_of_queries_files(tmp_path: Path, data: bytes, count: int) -> None
         (b'[{"query": "q"},', "not valid JSON"),
         (b'[{"query": "\\ud800"}]', "not valid JSON"),
         (b"[]", "has no queries"),
+        (b'{"id": "k", "queries": []}', "none of its queries can be used; `queries` is empty"),
         (b"  \n", "is empty"),
         (b'"text"', "is not an object"),
     ],
@@ -86,6 +92,14 @@ def test_queries_files_that_are_no_good(tmp_path: Path, data: bytes, reason: str
     path.write_bytes(data)
     with pytest.raises(InputError, match=reason):
         check_queries(path)
+
+
+def test_an_item_without_queries_is_a_failure(tmp_path: Path, corpus: Path) -> None:
+    write_queries(tmp_path, {"id": "k", "queries": []}, {**ROW, "queries": []}, {**ROW, "id": "b"})
+    generate_contexts(options(tmp_path))
+    rows = read_rows(tmp_path / "out.jsonl")
+    assert [(row["id"], row["success"]) for row in rows] == [("k", False), ("a", True), ("b", True)]
+    assert (rows[0]["error_type"], rows[0]["error"]) == ("invalid_query", "`queries` is empty")
 
 
 def test_nothing_from_there_on(tmp_path: Path, corpus: Path) -> None:
@@ -144,6 +158,56 @@ def test_one_broken_line_in_a_corpus(tmp_path: Path, corpus: Path) -> None:
     said: list[str] = []
     assert generate_contexts(options(tmp_path), said.append).num_failed == 0
     assert any("1.0.jsonl" in text and "1 line" in text for text in said)
+
+
+@pytest.mark.parametrize("data", ["", '{"x": 1}\n', '{"path": "p", "doc": ""}\n'])
+@pytest.mark.parametrize("embeds", [False, True])
+def test_a_corpus_without_documents(
+    tmp_path: Path,
+    corpus: Path,
+    data: str,
+    embeds: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """It costs its own questions their contexts, and nobody else."""
+    empty = write_corpus(corpus, "p", "1.0", [])
+    empty.write_text(data)
+    both = {"pkg": "1.0", "p": "1.0"}
+    write_queries(
+        tmp_path,
+        ROW,
+        {"id": "b", "query": "x", "dependencies": {"p": "1.0"}},
+        {"id": "c", "query": "sort an array", "dependencies": both},
+        {"id": "d", "query": "x", "target_api": "p.f", "dependencies": both},
+    )
+    if embeds:
+        monkeypatch.setattr(retrieve, "make_embedder", lambda *_: Flat())
+        monkeypatch.setattr(generate, "check_embedder", lambda *_: None)
+        monkeypatch.setenv("TOGETHER_API_KEY", "k")
+    source = "togetherai" if embeds else None
+    generate_contexts(options(tmp_path, embedding_source=source))
+    rows = read_rows(tmp_path / "out.jsonl")
+    assert [row["success"] for row in rows] == [True, False, True, False]
+    assert rows[1]["error_type"] == "no_corpus"
+    assert f"p 1.0 has no usable document ({empty})" in rows[1]["error"]
+    assert rows[2]["missing_dependencies"] == ["p"]
+    main(["corpus", "check", str(corpus)])
+    assert "p==1.0 (docstring): 0 documents" in (out := capsys.readouterr().out)
+    assert out.count("WARNING: without documents") == 1
+    # Once it has documents, what lacked them is retrieved again.
+    write_corpus(corpus, "p", "1.0", [{"path": "p.f", "doc": "Sort x."}])
+    assert generate_contexts(options(tmp_path, embedding_source=source)).num_failed == 0
+    assert "missing_dependencies" not in read_rows(tmp_path / "out.jsonl")[2]
+
+
+class Flat:
+    """An embedder to which all texts mean the same."""
+
+    name = "flat"
+
+    def embed(self, texts: Sequence[str]) -> Vectors:
+        return np.ones((len(texts), 3), np.float32)
 
 
 def test_no_room(tmp_path: Path, corpus: Path) -> None:

@@ -16,8 +16,15 @@ from typing import Any
 import pytest
 from making import EXAMPLES, ROOT, read_rows, write_corpus
 
+from ragfleet import RunConfig, pipeline
 from ragfleet.cli import main
+from ragfleet.context_room import context_room
+from ragfleet.engines.protocol import Failure, PromptSettings, Request, SamplingParams
+from ragfleet.identity import now
 from ragfleet.pipeline import PipelineOptions, missing_corpora
+from ragfleet.preparation import pocket_folder, prepare
+from ragfleet.prompts import DEFAULT_SYSTEM_PROMPT
+from ragfleet.tokens import load_tokenizer, prepare_prompt
 
 SCRIPT = ROOT / "utils" / "RAGutils" / "queryResultByInfer" / "run_complete_pipeline.sh"
 TIMES = {"retrieval_time": 0, "inference_time": 0, "total_time": 0, "worker_rank": None}
@@ -133,6 +140,128 @@ def test_what_is_wrong_is_said_before_anything_runs(
     assert not (demo / "r.contexts.jsonl").exists()
     assert main(["pipeline", "--queries_file", "none", *flags[2:], "--engine", "echo"]) == 2
     assert "no queries file none" in capsys.readouterr().err
+
+
+def test_a_refused_run_changes_nothing(demo: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Above all not the contexts of the finished run, which its results are verified against."""
+    queries, output, contexts = (demo / name for name in ("queries.jsonl", "a.jsonl", "c.jsonl"))
+    flags = ["pipeline", "--corpus_path", str(demo / "corpus"), "--queries_file", str(queries)]
+    flags += ["--build_corpora=missing", "--engine=echo", "--output_file", str(output)]
+    flags += ["--max_samples=5"]
+    assert main([*flags, "--temperature=0"]) == 0
+    before = files(demo)
+    assert main([*flags, "--temperature=0.5", "--max_documents=1"]) == 2
+    assert "belongs to a run with other settings" in capsys.readouterr().err
+    assert files(demo) == before
+    assert main(["verify", str(demo / "a.contexts.jsonl"), str(output)]) == 0
+
+    # So it is where a corpus would be made first.
+    with queries.open("a", encoding="utf-8") as file:
+        file.write('{"query": "q", "dependencies": {"nowhere": "1.0"}}\n')
+    (demo / "foreign.jsonl").write_text("mine\n")
+    before = files(demo)
+    for name, more, reason in [
+        ("foreign.jsonl", [], "no run of ragfleet made it"),
+        ("queries.jsonl", [], "--output_file is the queries file itself"),
+        ("queries.jsonl", ["--overwrite"], "--output_file is the queries file itself"),
+        ("c.jsonl", [], "--output_file is the contexts file itself"),
+        ("d.jsonl", ["--contexts_file", str(queries)], "--contexts_file is the queries file"),
+        ("d.jsonl", ["--contexts_file", str(demo / "foreign.jsonl")], "not made by this command"),
+    ]:
+        options = [*flags, "--contexts_file", str(contexts), "--output_file", str(demo / name)]
+        assert main([*options, *more]) == 2
+        err = capsys.readouterr().err
+        assert reason in err
+        assert "Stage 1" not in err
+        assert files(demo) == before
+
+
+def test_contexts_fit_the_model(
+    demo: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No context is made that leaves no room for its question and its answer, unless asked for."""
+    monkeypatch.setattr(pipeline, "run", lambda *_: None)
+    limit, queries, contexts = 1200, demo / "queries.jsonl", demo / "r.contexts.jsonl"
+    flags = ["pipeline", "--queries_file", str(queries), "--corpus_path", str(demo / "corpus")]
+    flags += ["--output_file", str(demo / "r.jsonl"), "--build_corpora=never", "--device=cpu"]
+    flags += ["--model_path=pocket", f"--max_model_len={limit}", "--num_workers=1"]
+
+    def longest_prompt() -> tuple[int, list[str]]:
+        """Of all rows, in tokens; and what is said of those that are too long."""
+        tokenizer = load_tokenizer(pocket_folder())
+        settings = PromptSettings(system_prompt=DEFAULT_SYSTEM_PROMPT, clock=now())
+        longest, too_long = 0, []
+        for row in read_rows(contexts):
+            made = prepare_prompt(
+                Request(
+                    key=b"",
+                    query=row["query"],
+                    context=row["context"],
+                    retrieval_method=row["retrieval_method"],
+                    record=row,
+                ),
+                settings,
+                tokenizer,
+                SamplingParams(max_new_tokens=200),
+                limit,
+            )
+            if isinstance(made, Failure):
+                too_long.append(made.error)
+            else:
+                longest = max(longest, len(made.token_ids))
+        return longest, too_long
+
+    assert main([*flags, "--max_new_tokens=200"]) == 0
+    assert "Contexts have at most 8" in capsys.readouterr().err
+    longest, too_long = longest_prompt()
+    assert not too_long
+    assert longest > 0.9 * (limit - 200)
+    # A question that comes later changes no other context, as long as it is an ordinary one.
+    before = contexts.read_bytes().splitlines()
+    with queries.open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"id": "x", "query": "How is it? " * 9}) + "\n")
+    assert main([*flags, "--max_new_tokens=200"]) == 0
+    assert contexts.read_bytes().splitlines()[:-1] == before
+    # What is asked for is kept to, and said.
+    assert main([*flags, "--max_new_tokens=200", "--max_tokens=1100"]) == 0
+    assert "Warning: --max_tokens is 1,100, and the model has" in capsys.readouterr().err
+    assert longest_prompt()[1]
+    assert main([*flags, "--max_new_tokens=1100"]) == 2
+    assert "no room for contexts: of the model's 1,200" in capsys.readouterr().err
+
+
+def test_questions_of_all_lengths(tmp_path: Path) -> None:
+    """A long one gets room as well, up to a quarter of the model; templates count as they are."""
+    template = tmp_path / "t.jinja"
+    template.write_text("{{ query }} {{ query }} {{ context }} " + "word " * 100)
+
+    def room(*questions: str, **more: Any) -> int:
+        config = RunConfig(
+            contexts_file=tmp_path / "c.jsonl",
+            output_file=tmp_path / "r.jsonl",
+            model_path="pocket",
+            device="cpu",
+            num_workers=1,
+            max_new_tokens=96,
+            **more,
+        )
+        found = context_room(prepare(config, {}), [{"query": text} for text in questions])
+        assert found is not None
+        return found.tokens
+
+    assert room("How?") == room("How?", "How is it?")
+    assert room("How?", "word " * 400) < room("How?") - 300
+    assert room("word " * 9000) == room("word " * 90_000) == room("How?") - 1024 + 64
+    assert room("How?", prompt_template=template) < room("How?") - 100 + 40
+
+
+def files(folder: Path) -> dict[Path, bytes]:
+    """All there is, with its content, but for indexes, which only save work."""
+    return {
+        path: path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file() and ".index" not in path.parts
+    }
 
 
 def test_one_config_file(demo: Path) -> None:

@@ -196,6 +196,25 @@ def test_paths_from_another_directory(scripts: Scripts) -> None:
     assert shown.flag("--output_file") == "mine.jsonl"
 
 
+@pytest.mark.parametrize("script", [RUN, PIPELINE])
+@pytest.mark.parametrize("links_folder", [False, True])
+def test_started_through_a_link(scripts: Scripts, script: Path, links_folder: bool) -> None:
+    link = scripts.directory / "link"
+    link.symlink_to(script.parent if links_folder else script)
+    started = link / script.name if links_folder else link
+    shown = scripts.run(script=started, cwd=scripts.directory)
+    assert shown.exit_code == 7, shown.stderr
+    assert Path(shown.arguments[0]).parent == SCRIPTS
+    assert (shown.flag("--output_file") or "").startswith(f"{ROOT}/results/")
+
+
+@pytest.mark.parametrize("locale", ["C", "C.UTF-8"])
+def test_config_that_begins_with_a_byte_order_mark(scripts: Scripts, locale: str) -> None:
+    shown = scripts.run(CONFIG=scripts.config("\ufeffSEED=7\r\nTOP_P=1\r\n"), LC_ALL=locale)
+    assert shown.exit_code == 7, shown.stderr
+    assert (shown.flag("--seed"), shown.flag("--top_p")) == ("7", "1")
+
+
 def test_a_toml_file_outweighs_the_defaults_only(scripts: Scripts) -> None:
     shown = scripts.run("--config", "run.toml", TOP_P="0.5")
     assert shown.settings["NUM_WORKERS"] == ("-", "left to run.toml")

@@ -28,11 +28,13 @@ from ragfleet.engines.protocol import (
     PromptSettings,
     SamplingParams,
 )
-from ragfleet.errors import RemoteError
+from ragfleet.errors import ConfigError, InputError, RemoteError
+from ragfleet.launch import RunPaths
 from ragfleet.remote.batch_journal import Journal
 from ragfleet.remote.client import ApiClient
 from ragfleet.remote.spec import PROVIDERS, RemoteSpec
 from ragfleet.runner import run
+from ragfleet.shards import list_shards
 
 Start = Callable[..., OpenAIBatchEngine]
 
@@ -320,6 +322,34 @@ def test_exported_requests_and_imported_replies_make_the_same_rows(
     summary = run(config)  # it is the same run: nothing is left
     assert summary is not None
     assert summary.answered_now == 0
+
+
+def test_files_that_are_no_requests_and_no_replies(
+    serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    server = serve()
+    config = config_for(server, tmp_path, 3)
+    output, requests = config.output_file, tmp_path / "requests.jsonl"
+    for target in (output, output.with_name(f"{output.stem}_rank0.jsonl")):
+        with pytest.raises(ConfigError, match="need a file of their own"):
+            export_requests(config, target)
+    (tmp_path / "requests-0002.jsonl").touch()
+    with pytest.raises(ConfigError, match=r"requests-0002.jsonl exists already"):
+        export_requests(config, requests)
+    (tmp_path / "requests-0002.jsonl").unlink()
+    assert not output.exists()
+    assert not RunPaths(output).directory.exists()
+    export_requests(config, requests)
+    for wrong in (config.contexts_file, requests.with_name("empty.jsonl")):
+        wrong.touch()
+        with pytest.raises(InputError, match=r"None of the [30] lines .*; 3 requests remain"):
+            import_replies(output, wrong)
+    assert not list_shards(output)
+    replies = tmp_path / "replies.jsonl"
+    replies.write_bytes(answer_lines(server, requests.read_bytes().splitlines()))
+    assert import_replies(output, replies)[-1].startswith("3 rows")
+    assert import_replies(output, replies)[0].startswith("0 replies taken"), "nothing is missing"
 
 
 def export_requests_in_two(

@@ -286,6 +286,10 @@ def test_toml_gives_any_setting_and_the_command_line_wins(toml: Any) -> None:
     assert parsed(*config_file, "--stop", "z").stop == ("z",)
 
 
+def test_toml_may_begin_with_a_byte_order_mark(toml: Any) -> None:
+    assert parsed(*toml("\ufeffseed = 4")).seed == 4
+
+
 def test_the_command_line_wins_wherever_config_stands(toml: Any) -> None:
     config_file = toml("seed = 1")
     for arguments in (

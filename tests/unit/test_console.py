@@ -216,12 +216,12 @@ def test_the_first_answer_is_shown_once_and_short() -> None:
 def test_failures_and_notes_say_where() -> None:
     out = io.StringIO()
     console = Console(out)
-    console(Event("failure", "no room", 1, {"error_type": "oom", "id": "r9", "line_no": 4}))
+    console(Event("failure", "no room.", 1, {"error_type": "oom", "id": "r9", "line_no": 4}))
     console(Event("ready", "small", 0, {"notes": ["sampling is ours"]}))
     console(Event("ready", "small", 1, {"notes": ["sampling is ours"]}))
     console(Event("summary"))
     text = out.getvalue()
-    assert "First failure of kind oom: r9: no room" in text
+    assert "First failure of kind oom: r9: no room. More of this kind are only counted." in text
     assert text.count("sampling is ours") == 1, "all workers say the same"
     assert text.count("\n") == 4
 

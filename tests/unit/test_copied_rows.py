@@ -73,7 +73,7 @@ EXTRA = b',"request_key":"%b","finished_at_ns":123' % KEY.hex().encode()
     st.text(),
     st.text(st.characters(codec="utf-8")),
     st.booleans(),
-    st.sampled_from([0.25, 1, None, "soon", 1e400]),
+    st.sampled_from([0.25, 1, -1, None, "soon", 1e400]),
 )
 @settings(max_examples=150)
 def test_the_row_made_at_once_is_the_row_made_in_parts(

@@ -215,7 +215,10 @@ def test_numbers_that_pass_through_stay_as_they_were_written(value: str) -> None
     assert decode_object(row_of(line))["id"] == "line:9"
 
 
-@pytest.mark.parametrize("value", ["1e400", "1e308", "1" * 400, '"soon"', "null", "true", "[1]"])
+@pytest.mark.parametrize(
+    "value",
+    ["1e400", "1e308", "1" * 400, "-1", "-0.0", "-1e400", '"soon"', "null", "true", "[1]"],
+)
 def test_a_senseless_retrieval_time_counts_as_none(value: str) -> None:
     line = b'{"query":"q","context":"c","retrieval_time":%b}' % value.encode()
     result = json.loads(row_of(line))

@@ -94,6 +94,11 @@ def test_the_overall_block_to_the_letter() -> None:
         " context_failed 4, invalid_record 4, oom 2 → out.jsonl"
         " (--retry_failed generates failed requests again)"
     )
+    statistics.errors["too_long"] = 1
+    assert verdict(summary).endswith(
+        " (--retry_failed generates failed requests again; what is too_long for a local model needs"
+        " --truncate_context head or tail too)"
+    )
 
 
 def test_what_did_not_happen_is_not_mentioned() -> None:

@@ -145,6 +145,8 @@ class DenseIndex:
 
     def scores(self, vector: Vectors) -> Scores:
         """Cosines [num_documents]."""
+        if not len(self._vectors):  # nothing was embedded, so it has no dimension either
+            return np.zeros(0, np.float32)
         return np.asarray(self._vectors @ vector, np.float32)
 
 

@@ -68,7 +68,7 @@ def generate_contexts(options: ContextsOptions, say: OnText | None = None) -> Co
     if options.embedding_source is not None:
         check_embedder(options.embedding_source, options.embedding_model)
     folder = options.log_folder
-    _check_output(options, folder)
+    check_output(options)
     summary = ContextsSummary(options.output_file)
     with _locked(folder):
         (folder / ACCOUNT_NAME).unlink(missing_ok=True)
@@ -126,15 +126,16 @@ def run_settings(options: ContextsOptions) -> dict[str, Any]:
     }
 
 
-def _check_output(options: ContextsOptions, folder: Path) -> None:
-    output = options.output_file
+def check_output(options: ContextsOptions, flag: str = "--output_file") -> None:
+    """Raises OutputError where `flag` names something that is not this command's to replace."""
+    output, log = options.output_file, options.log_folder / LOG_NAME
     if output.is_dir():
-        raise OutputError(f"--output_file {output} is a folder; name a file in it.")
+        raise OutputError(f"{flag} {output} is a folder; name a file in it.")
     if output.exists() and output.samefile(options.queries_file):
-        raise OutputError("--output_file is the queries file itself; name another file.")
-    if output.exists() and not (folder / LOG_NAME).exists():
+        raise OutputError(f"{flag} is the queries file itself; name another file.")
+    if output.exists() and not log.exists():
         raise OutputError(
-            f"{output} is there and was not made by this command ({folder}/{LOG_NAME} is missing);"
+            f"{output} is there and was not made by this command ({log} is missing);"
             " name another file, or move it away."
         )
 

@@ -88,6 +88,7 @@ class LexicalIndex:
     """BM25 over one corpus. `open` reads the cached index or makes it."""
 
     def __init__(self, retriever: Any, num_documents: int) -> None:
+        """`retriever` is None where there are no documents: bm25s can't index nothing."""
         self._retriever, self._num_documents = retriever, num_documents
 
     @classmethod
@@ -95,6 +96,8 @@ class LexicalIndex:
         """The kept index of the corpus, or a new one, kept where `cache_folder` allows it."""
         import bm25s
 
+        if not corpus.documents:
+            return cls(None, 0)
         folder = None
         if cache_folder is not None:
             name = f"bm25s-{bm25s.__version__}-v{INDEX_VERSION}-{corpus.sha256[:16]}"

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Final, Literal
 
 from ragfleet.corpus.document import CorpusType
 from ragfleet.errors import ConfigError
 
+MAX_TOKENS: Final = 4000
 EmbeddingSource = Literal["local", "togetherai"]
 
 
@@ -31,7 +32,7 @@ class ContextsOptions:
     """Folder or name of the embedding model (empty: all-MiniLM-L6-v2, English, from a package)."""
     max_documents: int = 10
     """Most documents in one context."""
-    max_tokens: int = 4000
+    max_tokens: int = MAX_TOKENS
     """Most tokens in one context."""
     model_path: str | None = None
     """Folder of the model that will read the contexts: its tokenizer counts (empty: estimated)."""

@@ -189,13 +189,16 @@ def _queries_of(position: int, item: Any) -> Iterator[Query]:
     if isinstance(identifier, bool) or not isinstance(identifier, str | int):
         identifier = name
     several = item.get("queries")
-    if several is None:
+    if several is None or (several == [] and "query" in item):
         original = item.get("original_item_id", identifier)
         index = item.get("query_index", 0)
         yield _query(identifier, original, index if isinstance(index, int) else 0, item, item)
         return
     if not isinstance(several, list):
         yield Query(identifier, identifier, 0, "", error="`queries` is not a list")
+        return
+    if not several:
+        yield Query(identifier, identifier, 0, "", error="`queries` is empty")
         return
     for index, entry in enumerate(several):
         one = entry if isinstance(entry, dict) else {"query": entry}

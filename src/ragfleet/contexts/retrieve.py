@@ -76,7 +76,7 @@ class Retriever:
         for package, versions in wanted.items():
             try:
                 version = self.store.resolve(package, versions, self.options.nearest_version)
-                found.append(self.store.load(package, version))
+                found.append(self.store.load_usable(package, version))
             except NoCorpus as error:
                 missing[package] = str(error)
         if not found:

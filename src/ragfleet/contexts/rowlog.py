@@ -201,7 +201,8 @@ class Freshness:
     def _is_there(self, row: _Checked, package: str) -> bool:
         try:
             wanted = _wanted(row.dependencies, normal_name(package))
-            self._store.resolve(package, wanted, self._nearest)
+            version = self._store.resolve(package, wanted, self._nearest)
+            self._store.load_usable(normal_name(package), version)
         except RagfleetError:
             return False
         return True

@@ -156,6 +156,16 @@ class CorpusStore:
             self._loaded[key] = Corpus(key[0], version, file.path, documents, digest)
         return self._loaded[key]
 
+    def load_usable(self, package: str, version: str) -> Corpus:
+        """A corpus that has documents. Raises NoCorpus for one that has none."""
+        corpus = self.load(package, version)
+        if not corpus.documents:
+            raise NoCorpus(
+                f"the corpus of {corpus.package} {version} has no usable document ({corpus.file});"
+                f" look at it: ragfleet corpus check {self.folder}"
+            )
+        return corpus
+
 
 def _same_version(wanted: str, there: Sequence[str]) -> str | None:
     if wanted in there:

@@ -76,6 +76,8 @@ class CheckReport:
             text += f", {self.duplicates:,} paths given twice (the first counts)"
         if bad:
             text += f", {len(bad):,} lines not usable"
+        if not self.num_documents:
+            text += ". WARNING: without documents, questions about it get failure rows"
         shown = [f"  {self.file.path}:{line.line_no}: {line.reason}" for line in bad[:5]]
         if len(bad) > 5:
             shown.append(f"  … and {len(bad) - 5:,} more")

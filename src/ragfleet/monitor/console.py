@@ -52,7 +52,8 @@ class Console:
             where = one_line(str(event.data.get("id") or f"line {event.data.get('line_no')}"))
             kind = one_line(str(event.data.get("error_type")))
             self.line(
-                f"First failure of kind {kind}: {where}: {indented(event.message)}. More of this"
+                f"First failure of kind {kind}: {where}:"
+                f" {indented(event.message).removesuffix('.')}. More of this"
                 " kind are only counted."
             )
         elif event.kind == "ready":

@@ -109,7 +109,10 @@ def verdict(summary: RunSummary) -> str:
             f"FINISHED: {statistics.succeeded:,} of {summary.num_selected:,} selected{of_all}"
             f" answered → {summary.output_file}"
         )
-    again = " (--retry_failed generates failed requests again)"
+    again = " (--retry_failed generates failed requests again"
+    if statistics.errors.get("too_long"):
+        again += "; what is too_long for a local model needs --truncate_context head or tail too"
+    again += ")"
     return (
         f"FINISHED WITH {statistics.failed:,} FAILURES of {summary.num_selected:,} selected"
         f"{of_all}:"

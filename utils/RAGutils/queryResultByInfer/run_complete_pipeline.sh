@@ -22,7 +22,7 @@ pipeline_settings() {
   CORPUS_TYPE=docstring               # docstring or srccodes
   EMBEDDING_SOURCE=                   # empty: search by words; local or togetherai: by meaning too
   MAX_DOCUMENTS=10                    # most documents in a context
-  MAX_TOKENS=4000                     # most tokens in a context
+  MAX_TOKENS=                         # most tokens in a context; empty: what the model takes, up to 4000
   ENABLE_STR_MATCH=true               # accept a name that ends like one documented path
   CONTEXTS_FILE=results/pipeline.contexts.jsonl
   OUTPUT_FILE=results/pipeline.jsonl
@@ -35,4 +35,4 @@ pipeline_settings() {
 }
 
 # shellcheck source=utils/RAGutils/queryResultByInfer/run_multi_worker_inference.sh
-source "$(dirname "${BASH_SOURCE[0]}")/run_multi_worker_inference.sh"
+source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/run_multi_worker_inference.sh"

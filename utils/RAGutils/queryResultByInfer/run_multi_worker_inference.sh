@@ -67,7 +67,7 @@ die() {
   exit 2
 }
 
-root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../../.." && pwd)
+root=$(cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/../../.." && pwd) # also of a link to it
 if [[ $PWD -ef $root ]]; then prefix=; else prefix=$root/; fi
 
 declare -A origin=()
@@ -121,6 +121,7 @@ read_config() {
   while IFS= read -r line || [[ -n $line ]]; do
     number=$((number + 1))
     line=${line%$'\r'}
+    if ((number == 1)); then line=${line#$'\xEF\xBB\xBF'}; fi # a byte order mark
     if [[ $line =~ ^[[:space:]]*(#.*)?$ ]]; then continue; fi
     [[ $line =~ $assignment ]] || die "$file:$number: not a KEY=VALUE line: $line"
     key=${BASH_REMATCH[2]} value=${BASH_REMATCH[3]}

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from ragfleet.errors import InputChanged, StorageError
 from ragfleet.index import Kind, read_lines
+from ragfleet.nesting import is_too_deep
 from ragfleet.records import Head, parse_fields, parse_head
 from ragfleet.rows import (
     Answered,
@@ -255,9 +256,9 @@ def _count(statistics: MergeStatistics, answer: ShardRow, worker: WorkerStatisti
 def _readable_fields(line: bytes) -> dict[str, Raw] | None:
     """The fields of a line that may be anything; None where they can't be told."""
     try:
-        fields = parse_fields(line)
+        fields = None if is_too_deep(line) else parse_fields(line)
         line.decode()
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+    except (msgspec.DecodeError, UnicodeDecodeError):
         return None
     return fields
 

@@ -22,6 +22,7 @@ from ragfleet.errors import ConfigError, DeviceError, ModelError, OutputError
 from ragfleet.gpu_locks import GpuLocks
 from ragfleet.gpus import discover_gpus, visible_gpus
 from ragfleet.identity import Identity, RunFile, model_parts, now, read_run_file
+from ragfleet.index import check_is_file
 from ragfleet.launch import RunPaths
 from ragfleet.launchers.torchrun import TorchrunRank
 from ragfleet.model_files import chat_template, check_weights, read_json
@@ -291,6 +292,8 @@ def check_paths(config: RunConfig) -> None:
             f" more than {MOST_NAME_BYTES} there is no room for the files beside it. Take a shorter"
             " one."
         )
+    if os.path.exists(config.contexts_file):  # the pipeline makes it later
+        check_is_file(config.contexts_file)
     if output.exists() and config.contexts_file.exists() and output.samefile(config.contexts_file):
         raise OutputError("--output_file is the contexts file itself; name another file.")
     if is_own_name(config.contexts_file, output):

@@ -324,7 +324,10 @@ REFUSED = {
     "an empty file": Refused(r"in\.jsonl is empty", contexts=b""),
     "only blank lines": Refused(r"every line is blank", contexts=b"\n \n"),
     "the contexts file is a folder": Refused(
-        r"Can't read the contexts file .*: Is a directory", (*ECHO, "--contexts_file", ".")
+        r"The contexts file \. is a folder; name a file in it", (*ECHO, "--contexts_file", ".")
+    ),
+    "the contexts file is a pipe": Refused(
+        r"is a pipe, not a regular file", contexts=None, prepare=lambda d: os.mkfifo(d / "in.jsonl")
     ),
     "the output is a folder": Refused(
         r"is a folder; name a file in it", (*ECHO, "--output_file", ".")
@@ -596,7 +599,7 @@ def started(directory: Path, *arguments: str) -> Iterator[subprocess.Popen[str]]
 
 
 @pytest.mark.parametrize(
-    "how", ["in place", "replaced", pytest.param("truncated", marks=pytest.mark.slow)]
+    "how", ["in place", "replaced", "appended", pytest.param("truncated", marks=pytest.mark.slow)]
 )
 def test_input_edited_during_the_run(tmp_path: Path, how: str) -> None:
     records = [record(n, context="c") for n in range(200)]
@@ -611,6 +614,9 @@ def test_input_edited_during_the_run(tmp_path: Path, how: str) -> None:
             time.sleep(0.02)
         if how == "truncated":
             write(tmp_path / "in.jsonl", records[:150])
+        elif how == "appended":
+            records += [record(n, context="c") for n in range(200, 210)]
+            write(tmp_path / "in.jsonl", records)
         else:
             records[150]["query"] = "Q150"
             place = tmp_path / ("in.jsonl" if how == "in place" else "new.jsonl")
@@ -619,7 +625,8 @@ def test_input_edited_during_the_run(tmp_path: Path, how: str) -> None:
         (tmp_path / "gate").touch()
         _, stderr = process.communicate(timeout=30)
     assert process.returncode == 1, stderr
-    assert re.search(r"in\.jsonl was edited .*\(line 151\)", stderr), stderr
+    says = "grew by" if how == "appended" else r"was edited .*\(line 151\)"
+    assert re.search(rf"in\.jsonl {says}", stderr), stderr
     assert "What is finished is safe" in stderr
     assert "Go on with:" in stderr
     assert not (tmp_path / "out.jsonl").exists()
@@ -630,7 +637,7 @@ def test_input_edited_during_the_run(tmp_path: Path, how: str) -> None:
     expected = [each["query"] for each in (records[:150] if how == "truncated" else records)]
     assert [row["answer"] for row in rows_of(tmp_path / "out.jsonl")] == expected
     # In place the worker noticed; a replaced file shows at the merge, when all 200 are answered.
-    kept = min(finished, 150) if how != "replaced" else finished - 1
+    kept = min(finished, 150) if how == "truncated" else finished - (how == "replaced")
     assert f"{len(expected) - kept} generated in this start + {kept} resumed" in again.stdout
 
 

@@ -26,6 +26,7 @@ from ragfleet.index import check_is_file
 from ragfleet.launch import RunPaths
 from ragfleet.launchers.torchrun import TorchrunRank
 from ragfleet.model_files import chat_template, check_weights, read_json
+from ragfleet.names import check_names
 from ragfleet.precision import Precision, precision_on, resolve_precision
 from ragfleet.prompts import DEFAULT_SYSTEM_PROMPT, check_template, template_fields
 from ragfleet.remote.secret import key_notes, read_key
@@ -278,6 +279,7 @@ def remote_parts(remote: RemoteSpec) -> dict[str, Any]:
 
 
 def check_paths(config: RunConfig) -> None:
+    check_names(config)
     output = config.output_file
     try:
         if output.is_dir():
@@ -308,7 +310,11 @@ def check_paths(config: RunConfig) -> None:
     if not existing.is_dir():
         raise OutputError(f"Can't write to {folder}: {existing} is a file, not a folder.")
     if not os.access(existing, os.W_OK | os.X_OK):
-        raise OutputError(f"Can't write to {folder}: no permission to create files in {existing}.")
+        is_read_only = os.statvfs(existing).f_flag & os.ST_RDONLY
+        reason = f"no permission to create files in {existing}"
+        if is_read_only:
+            reason = f"{existing} is on a read-only file system"
+        raise OutputError(f"Can't write to {folder}: {reason}.")
 
 
 def read_template(path: Path | None) -> tuple[str | None, frozenset[str] | None]:

@@ -6,6 +6,7 @@ on the same output. Nothing is written here.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -25,7 +26,7 @@ from ragfleet.identity import Identity, RunFile, model_parts, now, read_run_file
 from ragfleet.index import check_is_file
 from ragfleet.launch import RunPaths
 from ragfleet.launchers.torchrun import TorchrunRank
-from ragfleet.model_files import chat_template, check_weights, read_json
+from ragfleet.model_files import chat_template, check_tokenizer, check_weights, read_json
 from ragfleet.names import check_names
 from ragfleet.precision import Precision, precision_on, resolve_precision
 from ragfleet.prompts import DEFAULT_SYSTEM_PROMPT, check_template, template_fields
@@ -101,8 +102,13 @@ def prepare(
     model_dir = find_model(config)
     remote = remote_spec(config, environ)
     # Read for its errors alone: workers read it themselves.
-    if remote is not None and needs_key and read_key(remote, environ) is not None:
-        notes += key_notes(remote)
+    if remote is not None and needs_key:
+        if importlib.util.find_spec("openai") is None:
+            raise ConfigError(
+                "A remote API needs the openai package: pip install 'ragfleet[remote]'."
+            )
+        if read_key(remote, environ) is not None:
+            notes += key_notes(remote)
     needs_no_gpu = remote is not None or config.engine == "echo"
     if remote is not None and (config.total_gpus or config.gpus_per_worker):
         notes.append("GPUs are not needed for a remote API; the settings about them are not used.")
@@ -338,7 +344,7 @@ def find_model(config: RunConfig) -> Path | None:
     if config.inference_type == "huggingface":
         from ragfleet.hub import download
 
-        return download(config.model_path, config.trust_remote_code)
+        return checked_model(download(config.model_path, config.trust_remote_code))
     folder = Path(config.model_path).expanduser().absolute()
     if config.model_path == POCKET and not folder.is_dir():
         folder = pocket_folder()
@@ -347,7 +353,12 @@ def find_model(config: RunConfig) -> Path | None:
         if "/" in config.model_path and not config.model_path.startswith((".", "/", "~")):
             hint = " For a Hub model add --inference_type huggingface."
         raise ModelError(f"There is no model folder {folder}.{hint}")
+    return checked_model(folder)
+
+
+def checked_model(folder: Path) -> Path:
     check_weights(folder)
+    check_tokenizer(folder)
     return folder
 
 

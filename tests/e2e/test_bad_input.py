@@ -307,6 +307,12 @@ def cut_model(directory: Path) -> None:
     (directory / "model" / "model.safetensors").write_bytes((1 << 40).to_bytes(8, "little"))
 
 
+def model_without_tokenizer(directory: Path) -> None:
+    (directory / "model").mkdir()
+    (directory / "model" / "config.json").write_text("{}")
+    (directory / "model" / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
+
+
 def foreign_output(directory: Path) -> None:
     (directory / "out.jsonl").write_text("somebody's\n")
 
@@ -398,6 +404,11 @@ REFUSED = {
         r"only pickled weights.*convert once:\n.*save_pretrained.* \S+/model \S+/model-safetensors",
         (*MODEL, "--model_path", "model"),
         prepare=pickled_model,
+    ),
+    "a model without a tokenizer": Refused(
+        r"model: there is no tokenizer here.*download it again",
+        (*MODEL, "--model_path", "model"),
+        prepare=model_without_tokenizer,
     ),
     "a model cut short": Refused(
         r"model\.safetensors is cut short or not safetensors; download it again",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -116,3 +117,19 @@ def test_why_nothing_can_be_written(
     )
     assert main(INFER.split()) == 2
     assert says in capsys.readouterr().err
+
+
+def test_a_missing_package_is_told_before_anything_is_written(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("OPENAI_API_KEY", "key")
+    monkeypatch.setattr(
+        "importlib.util.find_spec", lambda name: None if name == "openai" else find(name)
+    )
+    flags = "--inference_type openai --api_model_name m --base_url http://127.0.0.1:9/v1"
+    files = "--contexts_file in.jsonl --output_file out.jsonl"
+    assert main(f"infer {files} {flags}".split()) == 2
+    assert "needs the openai package: pip install" in capsys.readouterr().err
+    assert [path.name for path in folder.iterdir()] == ["in.jsonl"]

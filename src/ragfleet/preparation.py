@@ -302,8 +302,8 @@ def check_paths(config: RunConfig) -> None:
         )
     if os.path.exists(config.contexts_file):  # the pipeline makes it later
         check_is_file(config.contexts_file)
-    if output.exists() and config.contexts_file.exists() and output.samefile(config.contexts_file):
-        raise OutputError("--output_file is the contexts file itself; name another file.")
+        if output.exists() and output.samefile(config.contexts_file):
+            raise OutputError("--output_file is the contexts file itself; name another file.")
     if is_own_name(config.contexts_file, output):
         raise OutputError(
             f"--contexts_file {config.contexts_file} has a name that --output_file {output} uses"

@@ -332,6 +332,11 @@ REFUSED = {
     "the contexts file is a folder": Refused(
         r"The contexts file \. is a folder; name a file in it", (*ECHO, "--contexts_file", ".")
     ),
+    "the contexts file's name is too long": Refused(
+        r"Can't read the contexts file .*File name too long",
+        (*ECHO, "--contexts_file", "x" * 300 + ".jsonl", "--overwrite"),
+        prepare=foreign_output,
+    ),
     "the contexts file is a pipe": Refused(
         r"is a pipe, not a regular file", contexts=None, prepare=lambda d: os.mkfifo(d / "in.jsonl")
     ),

@@ -6,6 +6,7 @@ imports what it needs when it runs.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import shlex
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final, TextIO
 
 from ragfleet.arguments import parse, parse_config
-from ragfleet.errors import ConfigError, Interrupted, RagfleetError, RunError
+from ragfleet.errors import STORAGE_ERRNOS, ConfigError, Interrupted, RagfleetError, RunError
 
 if TYPE_CHECKING:
     pass
@@ -48,9 +49,33 @@ the command line win.
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; 0, or 1 run failed, 2 usage, 3 failed rows, 128 + signal."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    _open_closed_streams()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    try:
+        code = _dispatch(arguments)
+        sys.stdout.flush()  # to a file, nothing is written before
+    except RagfleetError as error:
+        _report(error, arguments)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("\nragfleet: interrupted; what is finished is safe.", file=sys.stderr)
+        return 130
+    except OSError as error:
+        found = _known(error)
+        if found is None:
+            raise
+        return found
+    finally:
+        try:
+            sys.stderr.flush()
+        except OSError:
+            _lead_nowhere(sys.stderr)
+    return code
+
+
+def _dispatch(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(_HELP, end="")
         return 0 if arguments else 2
@@ -67,17 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         hint = f" Did you mean {near[0]}?" if near else ""
         print(f"ragfleet: there is no command {arguments[0]}.{hint}", file=sys.stderr)
         return 2
-    try:
-        return command(arguments[1:])
-    except RagfleetError as error:
-        _report(error, arguments)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("\nragfleet: interrupted; what is finished is safe.", file=sys.stderr)
-        return 130
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+    return command(arguments[1:])
 
 
 def _infer(arguments: list[str]) -> int:
@@ -95,7 +110,12 @@ def _infer(arguments: list[str]) -> int:
         summary = run(config, console, owns_process=True)
     if summary is None:  # a torchrun rank above 0: rank 0 tells
         return 0
-    _print(full_text(summary))
+    try:
+        _print(full_text(summary))
+        sys.stdout.flush()
+    except OSError as error:
+        if _known(error, f"The results are complete: {summary.output_file}.") is None:
+            raise
     return summary.exit_code
 
 
@@ -254,7 +274,57 @@ _COMMANDS: Final[dict[str, Callable[[list[str]], int]]] = {
 }
 
 
-# ---- signals and errors
+# ---- streams, signals and errors
+
+
+def _open_closed_streams() -> None:
+    """Let closed streams (`2>&-`) lead nowhere, before another file takes their place."""
+    for fd, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is not None:
+            continue
+        try:
+            os.fstat(fd)
+        except OSError:
+            opened = os.open(os.devnull, os.O_RDWR)
+            if opened != fd:
+                os.dup2(opened, fd)
+                os.close(opened)
+            os.set_inheritable(fd, True)
+        nowhere = os.open(os.devnull, os.O_RDWR)
+        setattr(sys, name, os.fdopen(nowhere, "w" if fd else "r", encoding="utf-8"))
+
+
+def _known(error: OSError, note: str = "") -> int | None:
+    """The exit code where it is the place that is wrong, which is said; None for other errors."""
+    if isinstance(error, BrokenPipeError):
+        text = ""
+    elif error.filename is None and error.errno in STORAGE_ERRNOS:
+        text = f"Can't write the output: {error.strerror}."
+    elif isinstance(error, FileNotFoundError) and not _has_directory():
+        text = "The working directory is gone: cd into one that exists."
+    else:
+        return None
+    if text:
+        with contextlib.suppress(OSError):
+            _print(f"ragfleet: {text}{note and ' '}{note}", sys.stderr)
+    if isinstance(error, FileNotFoundError):
+        return 2
+    _lead_nowhere(sys.stdout)
+    return 1
+
+
+def _lead_nowhere(stream: TextIO) -> None:
+    """Python flushes what is left at its end, and its exit code is 120 where that fails."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def _has_directory() -> bool:
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        return False
+    return True
+
 
 _RESUMABLE: Final = ("infer", "corpus", "contexts", "pipeline")
 

@@ -16,6 +16,7 @@ from typing import Any, Literal, get_args
 
 from ragfleet import combinations
 from ragfleet.errors import ConfigError
+from ragfleet.extra_body import check_extra_body
 
 InferenceType = Literal["local", "huggingface", "openai", "togetherai"]
 HfMode = Literal["local", "endpoint"]
@@ -173,7 +174,8 @@ class RunConfig:
     api_mode: ApiMode = "realtime"
     """realtime: one call for each request; batch: files of requests, cheaper and within a day."""
     extra_body: dict[str, Any] = field(default_factory=dict)
-    """JSON object added to each request's body, e.g. '{"reasoning_effort": "low"}'."""
+    """JSON object added to each request's body, e.g. '{"reasoning_effort": "low"}'; what other
+    flags set is refused."""
     max_concurrency: int | None = None
     """Requests under way at a time, for each worker (empty: 64)."""
     max_requests_per_minute: int | None = None
@@ -292,6 +294,7 @@ class RunConfig:
         for name in ("price_in", "price_out", "max_cost", "max_tokens_total", "max_outage_s"):
             at_least(name, 0)
         require(self.batch_poll_s > 0, "--batch_poll_s must be above 0.")
+        check_extra_body(self.extra_body)
         if self.base_url is not None:
             url = urllib.parse.urlsplit(self.base_url)
             require(

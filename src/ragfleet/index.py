@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import stat
 import struct
 from array import array
 from collections.abc import Callable, Iterator
@@ -58,23 +59,11 @@ class Kind(IntEnum):
 
 
 @dataclass(frozen=True)
-class FileIdentity:
-    """Enough to notice that a file changed since it was indexed."""
-
-    size_bytes: int
-    mtime_ns: int
-
-    @classmethod
-    def of(cls, path: Path) -> FileIdentity:
-        stat = path.stat()
-        return cls(stat.st_size, stat.st_mtime_ns)
-
-
-@dataclass(frozen=True)
 class Index:
     """All records of one contexts file.
 
     Attributes:
+        num_bytes: size of the file as far as it was read.
         records: [num_records] of RECORD. Keys are those of the line alone: `plan` tells repeats
         apart. grouping: [num_records] of GROUPING. num_missing_ids: records without an id, which
         are called line:<n>. num_repeated_ids: records whose id an earlier one has too.
@@ -82,7 +71,7 @@ class Index:
     """
 
     path: Path
-    identity: FileIdentity
+    num_bytes: int
     records: np.ndarray[Any, np.dtype[np.void]]
     grouping: np.ndarray[Any, np.dtype[np.void]]
     num_missing_ids: int
@@ -104,7 +93,7 @@ def build_index(
     Raises:
         InputError: no such file, empty, another encoding, not JSONL, or not one valid record.
     """
-    identity = _open_checked(path)
+    size = _checked_size(path)
     rows, grouping, id_hashes = bytearray(), bytearray(), array("Q")
     num_valid = num_undecodable = 0
     first_invalid: list[tuple[int, str]] = []
@@ -154,7 +143,7 @@ def build_index(
             if head.id is not None:
                 id_hashes.append(id_hash(str(head.id).encode()))
             if on_progress is not None and line_no % _PROGRESS_EVERY == 0:
-                on_progress(num_records, offset / max(identity.size_bytes, 1))
+                on_progress(num_records, offset / max(size, 1))
     if num_records == 0:
         raise InputError(f"{path} has no records: every line is blank.")
     if num_undecodable * 2 > num_records or (num_valid == 0 and num_undecodable):
@@ -166,7 +155,7 @@ def build_index(
         )
     return Index(
         path=path,
-        identity=identity,
+        num_bytes=offset,
         records=np.frombuffer(rows, RECORD),
         grouping=np.frombuffer(grouping, GROUPING),
         num_missing_ids=num_records - len(id_hashes),
@@ -193,19 +182,32 @@ def read_lines(fd: int, offsets: NDArray[Any], lengths: NDArray[Any]) -> Iterato
         yield block[start - begin : stop - begin]
 
 
-def _open_checked(path: Path) -> FileIdentity:
+def check_is_file(path: Path) -> None:
+    """Raises InputError for what is no regular file, without opening it: a pipe would wait."""
     try:
-        with open(path, "rb") as file:
-            start = file.read(4096)
-            is_regular = os.path.isfile(path)
+        mode = path.stat().st_mode
     except FileNotFoundError:
         raise InputError(f"There is no contexts file {path}.") from None
     except OSError as error:
         raise InputError(f"Can't read the contexts file {path}: {error.strerror}.") from None
-    if not is_regular:
+    if stat.S_ISDIR(mode):
+        raise InputError(f"The contexts file {path} is a folder; name a file in it.")
+    if not stat.S_ISREG(mode):
+        kinds = {stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
+        kind = kinds.get(stat.S_IFMT(mode), "a device")
         raise InputError(
-            f"{path} is not a regular file; it is read more than once, so save it first."
+            f"{path} is {kind}, not a regular file; it is read more than once, so save it first."
         )
+
+
+def _checked_size(path: Path) -> int:
+    check_is_file(path)
+    try:
+        with open(path, "rb") as file:
+            start = file.read(4096)
+            size = os.fstat(file.fileno()).st_size
+    except OSError as error:
+        raise InputError(f"Can't read the contexts file {path}: {error.strerror}.") from None
     if not start:
         raise InputError(f"The contexts file {path} is empty.")
     if start[:2] in (b"\xff\xfe", b"\xfe\xff"):
@@ -221,7 +223,7 @@ def _open_checked(path: Path) -> FileIdentity:
             f"{path} is a JSON array, not JSONL with one object a line; convert it:"
             f" jq -c '.[]' {_quoted(path)} > {_quoted(path.with_suffix('.lines.jsonl'))}"
         )
-    return FileIdentity.of(path)
+    return size
 
 
 def _is_array(start: bytes) -> bool:

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from ragfleet.errors import InputChanged, StorageError
 from ragfleet.index import Kind, read_lines
+from ragfleet.nesting import is_too_deep
 from ragfleet.records import Head, parse_fields, parse_head
 from ragfleet.rows import (
     Answered,
@@ -53,12 +54,14 @@ class MergeJob:
     """What to merge.
 
     Attributes:
+        contexts_bytes: size of the contexts file when it was indexed.
         records: [num_records] of index.RECORD with leaders and final keys.
         selected: row ranges of the output, ascending.
         mark_unfinished: give records without an outcome a row of their own, else leave them out.
     """
 
     contexts_file: Path
+    contexts_bytes: int
     records: NDArray[Any]
     selected: Sequence[range]
     winners: Winners
@@ -125,6 +128,14 @@ def merged_rows(job: MergeJob, statistics: MergeStatistics) -> Iterator[bytes]:
             for start in range(part.start, part.stop, _BLOCK):
                 rows = slice(start, min(start + _BLOCK, part.stop))
                 yield from _block(job, rows, contexts, shards, by_shard, statistics)
+        # Each line was compared with what was indexed, but for those that are new.
+        grown = os.fstat(contexts).st_size - job.contexts_bytes
+        if grown:
+            change = f"grew by {grown:,} bytes" if grown > 0 else f"lost {-grown:,} bytes"
+            raise InputChanged(
+                f"{job.contexts_file} {change} since it was read. What is finished is safe; run the"
+                " same command again, and it goes on with the rest."
+            )
 
 
 def allow_open_files(count: int) -> None:
@@ -255,9 +266,9 @@ def _count(statistics: MergeStatistics, answer: ShardRow, worker: WorkerStatisti
 def _readable_fields(line: bytes) -> dict[str, Raw] | None:
     """The fields of a line that may be anything; None where they can't be told."""
     try:
-        fields = parse_fields(line)
+        fields = None if is_too_deep(line) else parse_fields(line)
         line.decode()
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+    except (msgspec.DecodeError, UnicodeDecodeError):
         return None
     return fields
 

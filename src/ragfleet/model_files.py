@@ -7,6 +7,7 @@ files the weights are in and how large they get. Knows nothing of tokenizers or 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 _PLAIN_DTYPES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 _POINTER = b"version https://git-lfs"
+_VOCABULARIES = ("tokenizer.json", "vocab*", "*.model", "*.vocab", "*.tiktoken", "tekken.json")
 _CONTEXT_LIMIT_KEYS = (
     "max_position_embeddings",
     "n_positions",
@@ -49,7 +51,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def check_weights(model_dir: Path) -> None:
-    """Raises ModelError unless the folder holds a config and all of its safetensors files."""
+    """Raises ModelError unless the folder holds a config and all of its weights, whole."""
     if not (model_dir / "config.json").is_file():
         raise ModelError(f"{model_dir}/config.json is missing: this is not a model folder.")
     files = weight_files(model_dir)
@@ -59,6 +61,7 @@ def check_weights(model_dir: Path) -> None:
         with file.open("rb") as opened:
             if opened.read(len(_POINTER)) == _POINTER:
                 raise ModelError(f"{file} is a git-lfs pointer; run `git lfs pull` in the folder.")
+        _check_whole(file)
     if files:
         return
     if any(model_dir.glob("*.bin")) or any(model_dir.glob("*.pt*")):
@@ -67,6 +70,37 @@ def check_weights(model_dir: Path) -> None:
             f" code; if you trust them, convert once:\n{CONVERT.format(folder=model_dir)}"
         )
     raise ModelError(f"{model_dir}: there is no *.safetensors file here; finish the download.")
+
+
+def check_tokenizer(model_dir: Path) -> None:
+    """Raises ModelError where a tokenizer's vocabulary is in none of the files that may hold it."""
+    if any(next(model_dir.glob(pattern), None) is not None for pattern in _VOCABULARIES):
+        return
+    config = read_json(model_dir / "tokenizer_config.json")
+    # A class of its own may need no file: the model's code has it, or it reads bytes.
+    if "auto_map" not in config and not re.search("Byte|ByT5", str(config.get("tokenizer_class"))):
+        raise ModelError(
+            f"{model_dir}: there is no tokenizer here (tokenizer.json, or tokenizer.model, or"
+            " vocab.json with merges.txt); finish the download, or download it again."
+        )
+
+
+def _check_whole(file: Path) -> None:
+    size = file.stat().st_size
+    try:
+        with open(file, "rb") as opened:
+            begin = 8 + int.from_bytes(opened.read(8), "little")
+        needed = begin
+        if begin <= size:
+            ends = [tensor["data_offsets"][1] for tensor in _header(file).values()]
+            needed += max(ends, default=0)
+    except (TypeError, KeyError, IndexError, AttributeError):
+        raise ModelError(f"{file} is not a safetensors file; download it again.") from None
+    if needed > size:
+        raise ModelError(
+            f"{file} is cut short or not safetensors; download it again. It has {size:,} bytes of"
+            f" {needed:,}."
+        )
 
 
 def weight_files(model_dir: Path) -> list[Path]:
@@ -107,7 +141,9 @@ def _header(path: Path) -> dict[str, Any]:
         header.pop("__metadata__", None)
         return dict(header)
     except (OSError, ValueError, AttributeError) as error:
-        raise ModelError(f"{path} is not a safetensors file ({error}); get it again.") from None
+        raise ModelError(
+            f"{path} is not a safetensors file ({error}); download it again."
+        ) from None
 
 
 def context_limit(model_dir: Path) -> int | None:

@@ -61,6 +61,7 @@ class Indexed:
     def merge_job(self, winners: Winners, mark_unfinished: bool = False) -> MergeJob:
         return MergeJob(
             contexts_file=Path(self.selection.contexts_file),
+            contexts_bytes=self.index.num_bytes,
             records=self.index.records,
             selected=self.selected,
             winners=winners,

@@ -6,6 +6,7 @@ on the same output. Nothing is written here.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -22,9 +23,11 @@ from ragfleet.errors import ConfigError, DeviceError, ModelError, OutputError
 from ragfleet.gpu_locks import GpuLocks
 from ragfleet.gpus import discover_gpus, visible_gpus
 from ragfleet.identity import Identity, RunFile, model_parts, now, read_run_file
+from ragfleet.index import check_is_file
 from ragfleet.launch import RunPaths
 from ragfleet.launchers.torchrun import TorchrunRank
-from ragfleet.model_files import chat_template, check_weights, read_json
+from ragfleet.model_files import chat_template, check_tokenizer, check_weights, read_json
+from ragfleet.names import check_names
 from ragfleet.precision import Precision, precision_on, resolve_precision
 from ragfleet.prompts import DEFAULT_SYSTEM_PROMPT, check_template, template_fields
 from ragfleet.remote.secret import key_notes, read_key
@@ -99,8 +102,13 @@ def prepare(
     model_dir = find_model(config)
     remote = remote_spec(config, environ)
     # Read for its errors alone: workers read it themselves.
-    if remote is not None and needs_key and read_key(remote, environ) is not None:
-        notes += key_notes(remote)
+    if remote is not None and needs_key:
+        if importlib.util.find_spec("openai") is None:
+            raise ConfigError(
+                "A remote API needs the openai package: pip install 'ragfleet[remote]'."
+            )
+        if read_key(remote, environ) is not None:
+            notes += key_notes(remote)
     needs_no_gpu = remote is not None or config.engine == "echo"
     if remote is not None and (config.total_gpus or config.gpus_per_worker):
         notes.append("GPUs are not needed for a remote API; the settings about them are not used.")
@@ -277,6 +285,7 @@ def remote_parts(remote: RemoteSpec) -> dict[str, Any]:
 
 
 def check_paths(config: RunConfig) -> None:
+    check_names(config)
     output = config.output_file
     try:
         if output.is_dir():
@@ -291,8 +300,10 @@ def check_paths(config: RunConfig) -> None:
             f" more than {MOST_NAME_BYTES} there is no room for the files beside it. Take a shorter"
             " one."
         )
-    if output.exists() and config.contexts_file.exists() and output.samefile(config.contexts_file):
-        raise OutputError("--output_file is the contexts file itself; name another file.")
+    if os.path.exists(config.contexts_file):  # the pipeline makes it later
+        check_is_file(config.contexts_file)
+        if output.exists() and output.samefile(config.contexts_file):
+            raise OutputError("--output_file is the contexts file itself; name another file.")
     if is_own_name(config.contexts_file, output):
         raise OutputError(
             f"--contexts_file {config.contexts_file} has a name that --output_file {output} uses"
@@ -305,7 +316,11 @@ def check_paths(config: RunConfig) -> None:
     if not existing.is_dir():
         raise OutputError(f"Can't write to {folder}: {existing} is a file, not a folder.")
     if not os.access(existing, os.W_OK | os.X_OK):
-        raise OutputError(f"Can't write to {folder}: no permission to create files in {existing}.")
+        is_read_only = os.statvfs(existing).f_flag & os.ST_RDONLY
+        reason = f"no permission to create files in {existing}"
+        if is_read_only:
+            reason = f"{existing} is on a read-only file system"
+        raise OutputError(f"Can't write to {folder}: {reason}.")
 
 
 def read_template(path: Path | None) -> tuple[str | None, frozenset[str] | None]:
@@ -329,7 +344,7 @@ def find_model(config: RunConfig) -> Path | None:
     if config.inference_type == "huggingface":
         from ragfleet.hub import download
 
-        return download(config.model_path, config.trust_remote_code)
+        return checked_model(download(config.model_path, config.trust_remote_code))
     folder = Path(config.model_path).expanduser().absolute()
     if config.model_path == POCKET and not folder.is_dir():
         folder = pocket_folder()
@@ -338,7 +353,12 @@ def find_model(config: RunConfig) -> Path | None:
         if "/" in config.model_path and not config.model_path.startswith((".", "/", "~")):
             hint = " For a Hub model add --inference_type huggingface."
         raise ModelError(f"There is no model folder {folder}.{hint}")
+    return checked_model(folder)
+
+
+def checked_model(folder: Path) -> Path:
     check_weights(folder)
+    check_tokenizer(folder)
     return folder
 
 

@@ -17,6 +17,8 @@ import msgspec
 import xxhash
 from msgspec import UNSET, Raw, UnsetType
 
+from ragfleet.nesting import MAX_DEPTH, is_too_deep
+
 RequestKey = bytes
 
 INPUT_FIELDS: Final = (
@@ -82,6 +84,9 @@ class InvalidRecord:
 def parse_head(line: bytes) -> Head | InvalidRecord:
     """Decode and check one non-blank input line (bytes, with or without its line end)."""
     try:
+        if is_too_deep(line):
+            line.decode()
+            return InvalidRecord(None, f"nested more than {MAX_DEPTH} deep")
         head = _decode_head(line)
         if not line.isascii():
             line.decode()  # msgspec skips over unread strings without checking their encoding
@@ -91,8 +96,6 @@ def parse_head(line: bytes) -> Head | InvalidRecord:
         return InvalidRecord(None, f"not a JSON object of a record ({error})")
     except msgspec.DecodeError as error:
         return InvalidRecord(None, f"not valid JSON ({error})")
-    except RecursionError:
-        return InvalidRecord(None, "not valid JSON (nested too deeply)")
     identifier, query, context = head.id, head.query, head.context
     if type(identifier) is not str and identifier is not None and type(identifier) is not int:
         return InvalidRecord(None, f"`id` is {_type_name(identifier)}, not a string or an integer")
@@ -160,10 +163,7 @@ class LazyRecord(Mapping[str, Any]):
 
     def _decoded(self) -> dict[str, Any]:
         if self._fields is None:
-            try:
-                self._fields = decode_object(self._line)
-            except RecursionError:
-                raise ValueError("the record is nested too deeply to be decoded") from None
+            self._fields = decode_object(self._line)
         return self._fields
 
     def __getitem__(self, name: str) -> Any:

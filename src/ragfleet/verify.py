@@ -7,6 +7,7 @@ of its current key. Without shards (--remove_shards) answers can't be proved, an
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -23,9 +24,11 @@ from ragfleet.inspection import run_of
 from ragfleet.merge import UNFINISHED, merged_rows
 from ragfleet.plain_text import one_line
 from ragfleet.planning import Indexed, find_finished, index_contexts
+from ragfleet.records import decode_any, parse_fields
 from ragfleet.shards import list_shards
 from ragfleet.summary import MergeStatistics
 
+_decode = msgspec.json.Decoder(dict[str, Any]).decode
 _SHOWN: Final = 10
 _MISSING: Final = object()
 _FROM_SHARDS: Final = (
@@ -127,8 +130,8 @@ def _index_of(contexts: Path, run_file: RunFile) -> Indexed:
 
 def _compare(number: int, row: bytes, wanted: bytes, found: Verification) -> None:
     try:
-        have: dict[str, Any] = msgspec.json.decode(row, type=dict[str, Any])
-    except (msgspec.DecodeError, UnicodeDecodeError):
+        have = _fields(row)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         found.add(f"row {number}: not a JSON object")
         return
     if have.get("success") is True:
@@ -138,7 +141,7 @@ def _compare(number: int, row: bytes, wanted: bytes, found: Verification) -> Non
         found.errors[str(have.get("error_type"))] += 1
     if row == wanted:
         return
-    want = msgspec.json.decode(wanted, type=dict[str, Any])
+    want = _fields(wanted)
     if want.get("error_type") == UNFINISHED and found.answers_proved:
         found.add(f"row {number} ({want['id']}): its current record has no answer in the shards")
         return
@@ -178,4 +181,17 @@ class _Success(msgspec.Struct):
 
 
 def _id(row: bytes) -> Any:
-    return msgspec.json.decode(row, type=dict[str, Any]).get("id")
+    return _fields(row).get("id")
+
+
+def _fields(row: bytes) -> dict[str, Any]:
+    """A row's values; one with a number that Python can't hold stays as it is written."""
+    with contextlib.suppress(msgspec.DecodeError):
+        return _decode(row)
+    values: dict[str, Any] = {}
+    for name, raw in parse_fields(row).items():
+        try:
+            values[name] = decode_any(raw)
+        except msgspec.DecodeError:
+            values[name] = bytes(raw)
+    return values

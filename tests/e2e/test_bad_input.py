@@ -25,6 +25,7 @@ from typing import Any
 import pytest
 
 from ragfleet.cli import main
+from ragfleet.records import decode_object
 
 KEYS = [
     *("id", "original_item_id", "query_index", "dedup_key", "query", "target_api"),
@@ -127,7 +128,13 @@ HOSTILE = {
     "a lone surrogate in a field nobody reads": Hostile(
         rb'{"id": "a", "query": "q", "context": "c", "x": "\udc00 "}', reason="surrogate"
     ),
-    "nested too deeply": Hostile(b'{"id": "a", "x": ' + b"[" * 100_000, reason="not valid"),
+    **{
+        f"nested {depth} deep": Hostile(
+            b'{"query": "q", "context": "c", "x": %b%b}' % (b"[" * depth, b"]" * depth),
+            reason="nested more than 200 deep",
+        )
+        for depth in (200, 985, 986, 987, 988, 989, 990, 991, 100_000)
+    },
     "a blank query": Hostile(
         b'{"id": "blank", "query": " \\t", "context": "c"}', "blank", "`query` is blank"
     ),
@@ -158,12 +165,15 @@ FINE = [
     b'{"id": "twice", "query": "q1", "context": "c"}',
     b'{"query": "q2", "context": "c", "retrieval_time": 0.5}',
     b'{"id": "twice", "query": "q3", "context": "c"}',
-    b'{"id": null, "query": "q4", "context": "c", "success": null, "kept": [1, "\xe4\xb8\xad"]}',
+    b'{"query": "q4", "context": "c", "deep": %b%b}' % (b"[" * 199, b"]" * 199),
+    b'{"query": "q5", "context": "c", "large": [1e999, %b]}' % (b"9" * 5000),
+    b'{"id": null, "query": "q6", "context": "c", "success": null, "kept": [1, "\xe4\xb8\xad"]}',
 ]
 
 
 @dataclass(frozen=True)
 class Answered:
+    directory: Path
     rows: list[dict[str, Any]]
     done: Done
 
@@ -176,7 +186,8 @@ def answered(tmp_path_factory: pytest.TempPathFactory) -> Answered:
     (directory / "in.jsonl").write_bytes(b"\n".join(lines) + b"\n")
     done = infer(directory, *ECHO)
     assert done.returncode == 0, done.stderr
-    return Answered(rows_of(directory / "out.jsonl"), done)
+    rows = [decode_object(line) for line in (directory / "out.jsonl").read_bytes().splitlines()]
+    return Answered(directory, rows, done)
 
 
 @pytest.mark.parametrize("name", HOSTILE)
@@ -199,8 +210,8 @@ def test_failure_rows_have_all_documented_keys(answered: Answered) -> None:
 def test_the_job_goes_on_and_says_how_many_failed(answered: Answered) -> None:
     assert len(answered.rows) == len(HOSTILE) + len(FINE)
     good = answered.rows[len(HOSTILE) :]
-    assert [row["answer"] for row in good] == ["q1", "q2", "q3", "q4"]
-    assert [row["total_time"] >= row["retrieval_time"] for row in good] == [True] * 4
+    assert [row["answer"] for row in good] == [f"q{number + 1}" for number in range(len(FINE))]
+    assert all(row["total_time"] >= row["retrieval_time"] for row in good)
     last = answered.done.stdout.splitlines()[-1]
     bad, every = len(HOSTILE), len(answered.rows)
     assert last.startswith(f"FINISHED WITH {bad} FAILURES of {every} selected")
@@ -210,7 +221,7 @@ def test_the_job_goes_on_and_says_how_many_failed(answered: Answered) -> None:
 def test_a_missing_id_is_named_by_its_line(answered: Answered) -> None:
     first = len(HOSTILE)
     assert answered.rows[first + 1]["id"] == f"line:{first + 2}"
-    assert answered.rows[first + 3]["id"] == f"line:{first + 4}"
+    assert answered.rows[-1]["id"] == f"line:{first + len(FINE)}"
     assert answered.rows[first + 1]["retrieval_time"] == 0.5
     assert "without an id" in answered.done.stderr
 
@@ -222,6 +233,19 @@ def test_duplicate_ids_are_answered_one_by_one(answered: Answered) -> None:
 
 def test_unknown_fields_pass_through(answered: Answered) -> None:
     assert answered.rows[-1]["kept"] == [1, "中"]
+
+
+def test_all_of_it_is_verified_and_merged_alike_by_whoever_does_it(answered: Answered) -> None:
+    output = answered.directory / "out.jsonl"
+    before = output.read_bytes()
+    done = ragfleet(answered.directory, "verify", "in.jsonl", "out.jsonl")
+    assert "VERIFIED: one row" in done.stdout, done.stdout
+    assert main(["merge", "--output_file", str(output)]) == 0
+    assert output.read_bytes() == before
+    output.write_bytes(before.replace(b"1e999", b"1e998"))
+    done = ragfleet(answered.directory, "verify", "in.jsonl", "out.jsonl")
+    output.write_bytes(before)
+    assert "differs in large\nNOT VERIFIED: 1 rows" in done.stdout, done.stdout
 
 
 def test_failed_contexts_can_be_dropped(tmp_path: Path) -> None:
@@ -283,6 +307,12 @@ def cut_model(directory: Path) -> None:
     (directory / "model" / "model.safetensors").write_bytes((1 << 40).to_bytes(8, "little"))
 
 
+def model_without_tokenizer(directory: Path) -> None:
+    (directory / "model").mkdir()
+    (directory / "model" / "config.json").write_text("{}")
+    (directory / "model" / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
+
+
 def foreign_output(directory: Path) -> None:
     (directory / "out.jsonl").write_text("somebody's\n")
 
@@ -300,7 +330,15 @@ REFUSED = {
     "an empty file": Refused(r"in\.jsonl is empty", contexts=b""),
     "only blank lines": Refused(r"every line is blank", contexts=b"\n \n"),
     "the contexts file is a folder": Refused(
-        r"Can't read the contexts file .*: Is a directory", (*ECHO, "--contexts_file", ".")
+        r"The contexts file \. is a folder; name a file in it", (*ECHO, "--contexts_file", ".")
+    ),
+    "the contexts file's name is too long": Refused(
+        r"Can't read the contexts file .*File name too long",
+        (*ECHO, "--contexts_file", "x" * 300 + ".jsonl", "--overwrite"),
+        prepare=foreign_output,
+    ),
+    "the contexts file is a pipe": Refused(
+        r"is a pipe, not a regular file", contexts=None, prepare=lambda d: os.mkfifo(d / "in.jsonl")
     ),
     "the output is a folder": Refused(
         r"is a folder; name a file in it", (*ECHO, "--output_file", ".")
@@ -371,6 +409,11 @@ REFUSED = {
         r"only pickled weights.*convert once:\n.*save_pretrained.* \S+/model \S+/model-safetensors",
         (*MODEL, "--model_path", "model"),
         prepare=pickled_model,
+    ),
+    "a model without a tokenizer": Refused(
+        r"model: there is no tokenizer here.*download it again",
+        (*MODEL, "--model_path", "model"),
+        prepare=model_without_tokenizer,
     ),
     "a model cut short": Refused(
         r"model\.safetensors is cut short or not safetensors; download it again",
@@ -572,7 +615,7 @@ def started(directory: Path, *arguments: str) -> Iterator[subprocess.Popen[str]]
 
 
 @pytest.mark.parametrize(
-    "how", ["in place", "replaced", pytest.param("truncated", marks=pytest.mark.slow)]
+    "how", ["in place", "replaced", "appended", pytest.param("truncated", marks=pytest.mark.slow)]
 )
 def test_input_edited_during_the_run(tmp_path: Path, how: str) -> None:
     records = [record(n, context="c") for n in range(200)]
@@ -587,6 +630,9 @@ def test_input_edited_during_the_run(tmp_path: Path, how: str) -> None:
             time.sleep(0.02)
         if how == "truncated":
             write(tmp_path / "in.jsonl", records[:150])
+        elif how == "appended":
+            records += [record(n, context="c") for n in range(200, 210)]
+            write(tmp_path / "in.jsonl", records)
         else:
             records[150]["query"] = "Q150"
             place = tmp_path / ("in.jsonl" if how == "in place" else "new.jsonl")
@@ -595,7 +641,8 @@ def test_input_edited_during_the_run(tmp_path: Path, how: str) -> None:
         (tmp_path / "gate").touch()
         _, stderr = process.communicate(timeout=30)
     assert process.returncode == 1, stderr
-    assert re.search(r"in\.jsonl was edited .*\(line 151\)", stderr), stderr
+    says = "grew by" if how == "appended" else r"was edited .*\(line 151\)"
+    assert re.search(rf"in\.jsonl {says}", stderr), stderr
     assert "What is finished is safe" in stderr
     assert "Go on with:" in stderr
     assert not (tmp_path / "out.jsonl").exists()
@@ -606,7 +653,7 @@ def test_input_edited_during_the_run(tmp_path: Path, how: str) -> None:
     expected = [each["query"] for each in (records[:150] if how == "truncated" else records)]
     assert [row["answer"] for row in rows_of(tmp_path / "out.jsonl")] == expected
     # In place the worker noticed; a replaced file shows at the merge, when all 200 are answered.
-    kept = min(finished, 150) if how != "replaced" else finished - 1
+    kept = min(finished, 150) if how == "truncated" else finished - (how == "replaced")
     assert f"{len(expected) - kept} generated in this start + {kept} resumed" in again.stdout
 
 

@@ -10,8 +10,10 @@ from fake_server import KEY
 
 from ragfleet import combinations
 from ragfleet.config import RunConfig
+from ragfleet.engines.protocol import PromptSettings, Request, SamplingParams
 from ragfleet.errors import ConfigError
 from ragfleet.preparation import remote_parts, remote_spec
+from ragfleet.remote.asking import LengthField, RemotePrepared, common_body, prepare
 from ragfleet.remote.secret import ApiKey, read_key
 from ragfleet.remote.spec import RemoteSpec
 
@@ -62,12 +64,43 @@ def test_every_row_of_the_table_can_be_configured() -> None:
         ({"inference_type": "openai", "max_cost": 1.0}, "needs --price_in"),
         ({"inference_type": "openai", "api_mode": "batch", "num_workers": 2}, "one worker"),
         ({"inference_type": "openai", "max_concurrency": 0}, "at least 1"),
+        (
+            {"inference_type": "openai", "extra_body": {"max_tokens": 9}},
+            "use --max_new_tok",
+        ),
+        ({"inference_type": "togetherai", "extra_body": {"messages": []}}, "sets messages itself"),
+        ({"inference_type": "openai", "extra_body": {"n": 2}}, "sets n itself; leave it out"),
+        ({"inference_type": "openai", "extra_body": {"a": [{"b": float("nan")}]}}, "a holds NaN"),
+        ({"inference_type": "openai", "extra_body": {"a": float("inf")}}, "a holds NaN"),
     ],
 )
 def test_what_means_nothing_is_refused(changes: dict[str, Any], says: str) -> None:
     with pytest.raises(ConfigError, match=says) as caught:
         config(**changes)
     assert "pw" not in str(caught.value)
+
+
+@pytest.mark.parametrize("api_format", ["chat", "completion"])
+@pytest.mark.parametrize("length_field", ["max_tokens", "max_completion_tokens"])
+def test_whatever_a_request_has_is_refused_in_the_extra_body(
+    api_format: Any, length_field: LengthField
+) -> None:
+    made = config(inference_type="openai", api_format=api_format, stop=("x",), seed=1)
+    spec = remote_spec(made, {})
+    assert spec is not None
+    settings = PromptSettings(system_prompt="s", chat_template_kwargs={"enable_thinking": False})
+    request = Request(
+        key=bytes(16), record={}, query="q", context="c", retrieval_method=None, seed=1
+    )
+    prepared = prepare(request, settings, spec)
+    assert isinstance(prepared, RemotePrepared)
+    body = common_body(
+        spec, settings, SamplingParams(max_new_tokens=9, temperature=1, stop=("x",)), length_field
+    )
+    for name in {**body, **prepared.own}:
+        with pytest.raises(ConfigError, match=f"--extra_body: ragfleet sets {name} itself"):
+            made.replace(extra_body={"reasoning_effort": "low", name: None})
+    assert made.replace(extra_body={"top_k": 1}).extra_body == {"top_k": 1}
 
 
 def test_a_run_is_told_by_server_and_model_and_never_by_its_key(tmp_path: Path) -> None:

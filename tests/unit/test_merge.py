@@ -350,6 +350,18 @@ def test_an_input_edited_meanwhile_is_noticed_and_the_old_output_kept(
     assert [path.name for path in job.folder.iterdir() if path.name.endswith(".tmp")] == []
 
 
+@pytest.mark.parametrize("added", [b'{"query":"d","context":"c"}\n', b"\n", b'{"que'])
+def test_lines_that_came_meanwhile_are_not_passed_over(job: Job, added: bytes) -> None:
+    job.write(ask("a"), ask("b")).answer()
+    indexed = job.index()
+    winners = find_finished(indexed, job.output).winners
+    with job.contexts.open("ab") as file:
+        file.write(added)
+    with pytest.raises(InputChanged, match=rf"contexts.jsonl grew by {len(added)} bytes since"):
+        write_results(indexed.merge_job(winners), job.output)
+    assert not job.output.exists()
+
+
 # ---- the disk fails
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from ragfleet import hub
 from ragfleet.errors import ModelError
-from ragfleet.model_files import check_weights, weight_files, weights_bytes
+from ragfleet.model_files import check_tokenizer, check_weights, weight_files, weights_bytes
 
 
 def write_weights(path: Path, dtype: str, num_bytes: int) -> None:
@@ -83,3 +83,45 @@ def test_a_second_layout_is_downloaded_only_where_it_is_the_only_one(
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     assert hub.download("org/name", False) == tmp_path
     assert asked == [["consolidated*.safetensors"], *([] if has_shards else [None])]
+
+
+def test_weights_that_are_not_whole_are_told_by_their_header(tmp_path: Path) -> None:
+    folder = sharded(tmp_path)
+    last = folder / "model-00002-of-00002.safetensors"
+    check_weights(folder)
+    whole = last.stat().st_size
+    for size in (whole - 1, whole - 100, 60, 20, 8, 7, 0):
+        os.truncate(last, size)
+        with pytest.raises(ModelError, match=r"00002-of-00002\.safetensors is .*download it again"):
+            check_weights(folder)
+    for tensor in ({}, [], {"data_offsets": 1}, {"data_offsets": ["a", "b"]}):
+        text = json.dumps({"w": tensor}).encode()
+        last.write_bytes(len(text).to_bytes(8, "little") + text)
+        with pytest.raises(ModelError, match="is not a safetensors file; download it again"):
+            check_weights(folder)
+
+
+@pytest.mark.parametrize(
+    ("files", "config", "is_there"),
+    [
+        (["tokenizer.json"], {}, True),
+        (["vocab.json", "merges.txt"], {}, True),
+        (["tokenizer.model"], {}, True),
+        (["qwen.tiktoken"], {}, True),
+        ([], {"tokenizer_class": "ByT5Tokenizer"}, True),
+        ([], {"auto_map": {"AutoTokenizer": ["t.T", None]}}, True),
+        ([], {"tokenizer_class": "ByteTokenizer"}, True),
+        (["special_tokens_map.json", "merges.txt"], {"tokenizer_class": "GPT2Tokenizer"}, False),
+    ],
+)
+def test_a_folder_without_a_tokenizer(
+    tmp_path: Path, files: list[str], config: dict[str, Any], is_there: bool
+) -> None:
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    for name in files:
+        (tmp_path / name).touch()
+    if is_there:
+        check_tokenizer(tmp_path)
+        return
+    with pytest.raises(ModelError, match="there is no tokenizer here"):
+        check_tokenizer(tmp_path)

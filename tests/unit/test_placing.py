@@ -43,6 +43,7 @@ def config(tmp_path: Path) -> RunConfig:
     model.mkdir()
     (model / "config.json").write_text(CONFIG)
     write_weights(model / "model.safetensors", "BF16", 15 * GIB)
+    (model / "tokenizer.json").touch()
     return RunConfig(
         contexts_file=tmp_path / "contexts.jsonl",
         output_file=tmp_path / "out.jsonl",

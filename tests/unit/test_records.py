@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import sys
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
@@ -12,6 +12,7 @@ import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
+from ragfleet.nesting import MAX_DEPTH, is_too_deep
 from ragfleet.records import (
     INPUT_FIELDS,
     Head,
@@ -303,7 +304,8 @@ INVALID: dict[str, tuple[bytes, Any, str]] = {
     "GBK unread": ('{"query":"q","context":"c","x":"怎"}'.encode("gbk"), None, "not UTF-8"),
     "UTF-8 surrogates": (b'{"query":"\xed\xa0\x80","context":"c"}', None, "not UTF-8"),
     "deep": (b'{"query":"q","context":"c","x":' + b"[" * 10**5 + b"]" * 10**5 + b"}", None, "deep"),
-    "deep cut": (b'{"query":' + b"[" * 10**5, None, "not valid JSON"),
+    "deep cut": (b'{"query":' + b"[" * 10**5, None, "nested more than 200 deep"),
+    "deep GBK": ('{"query":"怎么","x":'.encode("gbk") + b"[" * 10**5, None, "not UTF-8"),
     "NULs": (b"\x00\x00\x00", None, "not valid JSON"),
 }
 
@@ -371,16 +373,49 @@ def test_the_last_of_two_equal_names_counts_everywhere() -> None:
     assert json.loads(row_of(line))["x"] == 2
 
 
-def test_nesting_that_can_just_be_read_breaks_nothing_further_on() -> None:
-    for depth in range(sys.getrecursionlimit() - 120, sys.getrecursionlimit(), 5):
-        deep = b"[" * depth + b"]" * depth
-        line = b'{"query":"\\u6587","context":"c","x":%b}' % deep
-        if isinstance(parse_head(line), InvalidRecord):
-            break
-        assert deep in row_of(line)
-        assert len(key_of(line, ("x",))) == 16
-    else:
-        pytest.skip("this Python reads any depth")
+def nested(depth: int, brackets: bytes = b"[]") -> bytes:
+    opening, closing = (b'{"a":', b"}") if brackets == b"{}" else (b"[", b"]")
+    return opening * depth + b"1" + closing * depth
+
+
+def called_deep(depth: int, function: Callable[[bytes], Any], line: bytes) -> Any:
+    """What a function returns where that much of the stack is in use."""
+    return function(line) if depth == 0 else called_deep(depth - 1, function, line)
+
+
+@pytest.mark.parametrize("brackets", [b"[]", b"{}"])
+@pytest.mark.parametrize("stack", [0, 500])
+def test_how_deep_a_record_may_be_does_not_depend_on_who_reads_it(
+    brackets: bytes, stack: int
+) -> None:
+    for depth in (199, 200, 201, 500, 900, 970, 985, 990, 1000, 10_000):
+        line = b'{"query":"\\u6587","context":"c","x":%b}' % nested(depth, brackets)
+        found = called_deep(stack, parse_head, line)
+        if depth < MAX_DEPTH:
+            assert isinstance(found, Head)
+            assert nested(depth, brackets) in called_deep(stack, row_of, line)
+            assert len(key_of(line, ("x",))) == 16
+            assert called_deep(stack, decode_object, line)["query"] == "文"
+        else:
+            assert isinstance(found, InvalidRecord)
+            assert found.reason == "nested more than 200 deep"
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        (b'{"context":"%b","x":%b}' % (b"[" * 999, nested(199)), False),
+        (b'{"context":"%b","x":%b}' % (b"[" * 999, nested(200)), True),
+        (b'{"x":%b,"x":1}' % nested(200), True),
+        (b'{"x":[%b]}' % b",".join([nested(100)] * 9), False),
+        (b'{"x":["%b\\""]}' % (b"{" * 999), False),
+        (b'{"x":["\\"%b' % (b"{" * 999), False),  # a string that never ends
+        (b'{"x":[1}%b' % (b"{" * 999), True),
+        (b'{"\\u0078":[%b]%b}' % (b'"["' + b',"["' * 300, b" " * 900), False),
+    ],
+)
+def test_only_brackets_outside_of_strings_nest(line: bytes, expected: bool) -> None:
+    assert is_too_deep(line) == expected
 
 
 # ---- keys

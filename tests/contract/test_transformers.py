@@ -610,7 +610,7 @@ BROKEN: dict[str, tuple[Any, str]] = {
     "no weights": (lambda m: (m / "model.safetensors").unlink(), "no .*safetensors file"),
     "pickled": (pickle_weights, r"only pickled weights.*\n.*save_pretrained"),
     "pointer": (lfs_pointer, "git lfs pull"),
-    "half": (half_file, "cannot load this llama model"),
+    "half": (half_file, "is cut short"),
     "a weight is missing": (drop_weight, "lacks 1 weights.*up_proj"),
     "unknown": ({"config": {"model_type": "hyperion9"}}, "architecture 'hyperion9'"),
     "remote code": (

@@ -17,19 +17,7 @@ from dataclasses import replace
 from typing import Any, Final
 
 from ragfleet.errors import DeviceError
-from ragfleet.inventory import GIB, ComputeMode, Gpu, GpuInventory, fake_inventory, gib
-
-__all__ = [
-    "GIB",
-    "Gpu",
-    "GpuInventory",
-    "discover_gpus",
-    "explain_torch_blind",
-    "fake_inventory",
-    "gib",
-    "visible_gpus",
-]
-
+from ragfleet.inventory import ComputeMode, Gpu, GpuInventory, gib
 
 _COMPUTE_MODES: Final[Mapping[int, ComputeMode]] = {
     0: "default",

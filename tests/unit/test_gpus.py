@@ -21,14 +21,8 @@ from ragfleet.allocation import (
     worker_environment,
 )
 from ragfleet.errors import DeviceError
-from ragfleet.gpus import (
-    GIB,
-    GpuInventory,
-    discover_gpus,
-    explain_torch_blind,
-    fake_inventory,
-    visible_gpus,
-)
+from ragfleet.gpus import discover_gpus, explain_torch_blind, visible_gpus
+from ragfleet.inventory import GIB, GpuInventory, fake_inventory
 
 
 def indices(allocation: Allocation) -> list[list[int]]:

@@ -15,7 +15,7 @@ from ragfleet.engines import vllm_memory, vllm_settings
 from ragfleet.engines.protocol import EngineSpec, PromptSettings, SamplingParams
 from ragfleet.engines.vllm_memory import settled_gpus, shared_cache_bytes, utilisation, worker_gpus
 from ragfleet.errors import ConfigError
-from ragfleet.gpus import GIB, Gpu, GpuInventory, fake_inventory
+from ragfleet.inventory import GIB, Gpu, GpuInventory, fake_inventory
 
 
 def spec(model_dir: Path, **changes: Any) -> EngineSpec:

@@ -15,7 +15,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Final
 
-from ragfleet.gpus import GIB, Gpu, discover_gpus, visible_gpus
+from ragfleet.gpus import discover_gpus, visible_gpus
+from ragfleet.inventory import GIB, Gpu
 
 UTILISATION: Final = 0.9
 """The most of a GPU."""

@@ -21,7 +21,7 @@ from ragfleet.engines.vllm_memory import (
 )
 from ragfleet.engines.vllm_window import cache_tokens
 from ragfleet.errors import ConfigError
-from ragfleet.gpus import Gpu
+from ragfleet.inventory import Gpu
 from ragfleet.model_files import read_json, weights_bytes
 
 _DTYPES: Final = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}

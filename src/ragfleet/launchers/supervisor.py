@@ -281,6 +281,7 @@ class Supervisor:
             self._spawn(process.seat)  # one request hung, and others did not
             return
         how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+        self._last_error = ""
         if process.start_error is not None:
             how = f"it could not start: {process.start_error}"
             self._last_error = f"\nThe last one said: {process.start_error}"

@@ -176,9 +176,8 @@ def test_draws_are_those_of_plain_batches(
         assert one.finish_reason == other.finish_reason
 
 
-def test_bursts_are_counted_token_by_token(start: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    take_cudas_way(monkeypatch)
-    engine = start(batch_size=4, max_new_tokens=NEW)
+def noted_bursts(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """(rows, steps) of each, from now on."""
     bursts = []
     decode = Decoder.decode
 
@@ -187,6 +186,13 @@ def test_bursts_are_counted_token_by_token(start: Make, monkeypatch: pytest.Monk
         return decode(self, rows, fed, steps, draws)
 
     monkeypatch.setattr(Decoder, "decode", counted)
+    return bursts
+
+
+def test_bursts_are_counted_token_by_token(start: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    take_cudas_way(monkeypatch)
+    engine = start(batch_size=4, max_new_tokens=NEW)
+    bursts = noted_bursts(monkeypatch)
     prompts = [ids(random.Random(1), 20)] * 4
     found = answer(engine, prompts)
     read = loop_of(engine)._scheduler.read_tokens
@@ -214,14 +220,7 @@ def test_a_burst_does_not_end_with_the_first_answer(
     """With hundreds of rows one is always about to be at --max_new_tokens."""
     take_cudas_way(monkeypatch)
     engine = start(batch_size=2, max_new_tokens=8, max_model_len=max_model_len)
-    bursts = []
-    decode = Decoder.decode
-
-    def counted(self: Decoder, rows: Any, fed: Any, steps: int, draws: Any) -> Any:
-        bursts.append((len(rows), steps))
-        return decode(self, rows, fed, steps, draws)
-
-    monkeypatch.setattr(Decoder, "decode", counted)
+    bursts = noted_bursts(monkeypatch)
     rng = random.Random(3)
     prompts = [ids(rng, length), ids(rng, length)]
     found: dict[bytes, Any] = {}

@@ -25,15 +25,12 @@ from ragfleet.engines.protocol import Completion
 from ragfleet.engines.shared_prefix import varlen_pass
 from ragfleet.engines.shared_prefix.varlen import why_not_flash
 
-REAL = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here"),
-]
+NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
 Gpu = Callable[[], AbstractContextManager[PretendedGpu | None]]
 """Engines with `num_gpus=1` that are started and asked within it are on it. None: a real one."""
 
 
-@pytest.fixture(params=[pytest.param("real", marks=REAL), "pretended"])
+@pytest.fixture(params=[pytest.param("real", marks=[pytest.mark.gpu, NEEDS_GPU]), "pretended"])
 def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Gpu:
     return nullcontext if request.param == "real" else partial(pretended_gpu, monkeypatch)
 
@@ -45,7 +42,7 @@ def narrow(tmp_path: Path) -> Path:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
+@NEEDS_GPU
 @pytest.mark.parametrize("head_dim", [32, 64, 96, 128, 256])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_the_fused_kernel_is_as_its_source_says(dtype: torch.dtype, head_dim: int) -> None:

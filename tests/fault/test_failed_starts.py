@@ -13,20 +13,13 @@ from typing import Any
 import harness
 import pytest
 
-CLASSES = '''
+CLASSES = (
+    """
 import os, pathlib, signal, threading, time
 from ragfleet import QueryBasedInference
-
-HERE = pathlib.Path(__file__).parent
-
-def once(name):
-    """True for the first process that asks."""
-    try:
-        os.close(os.open(HERE / name, os.O_CREAT | os.O_EXCL))
-    except FileExistsError:
-        return False
-    return True
-
+"""
+    + harness.ONCE
+    + '''
 def until(path):
     while not path.exists():
         time.sleep(0.02)
@@ -82,6 +75,7 @@ class DiesForGood(DiesAndFails):
         if not once("started"):
             raise RuntimeError("the GPU has fallen off the bus")
 '''
+)
 SITE = """
 import ragfleet.launchers.supervisor as supervisor
 supervisor.START_AGAIN_S, supervisor._LEAVE_S = 0.1, 1.0

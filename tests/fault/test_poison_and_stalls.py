@@ -12,12 +12,13 @@ import harness
 import psutil
 import pytest
 
-CLASSES = '''
+CLASSES = (
+    """
 import asyncio, os, pathlib, signal, subprocess, time
 from ragfleet import QueryBasedInference
-
-HERE = pathlib.Path(__file__).parent
-
+"""
+    + harness.ONCE
+    + """
 class Poisoned(QueryBasedInference):
     async def generate_answer(self, query, context, retrieval_method):
         await asyncio.sleep(0.002)
@@ -30,14 +31,6 @@ class Several(QueryBasedInference):
         if query in ("q3", "q4", "q5", "q6", "q20"):
             os.kill(os.getpid(), signal.SIGKILL)
         return query[::-1]
-
-def once(name):
-    """True for the first process that asks."""
-    try:
-        os.close(os.open(HERE / name, os.O_CREAT | os.O_EXCL))
-    except FileExistsError:
-        return False
-    return True
 
 class Stands(QueryBasedInference):
     def generate_answer(self, query, context, retrieval_method):
@@ -56,7 +49,8 @@ class LoadsForever(QueryBasedInference):
 
     def generate_answer(self, query, context, retrieval_method):
         return query[::-1]
-'''
+"""
+)
 
 
 def run(

@@ -18,22 +18,15 @@ import harness
 import psutil
 import pytest
 
-CLASSES = '''
+CLASSES = (
+    """
 import asyncio, ctypes, os, pathlib, signal, threading, time
 from ragfleet import QueryBasedInference
 from ragfleet.engines.query_engines import QueryBasedEngine, SyncEngine
 from ragfleet.errors import EngineDead
-
-HERE = pathlib.Path(__file__).parent
-
-def once(name):
-    """True for the first process that asks."""
-    try:
-        os.close(os.open(HERE / name, os.O_CREAT | os.O_EXCL))
-    except FileExistsError:
-        return False
-    return True
-
+"""
+    + harness.ONCE
+    + '''
 class PoisonedPrompt(QueryBasedInference):
     def setup(self):
         plain = QueryBasedEngine.prepare
@@ -121,6 +114,7 @@ class LoadsForever(QueryBasedInference):
         (HERE / "loading").touch()
         time.sleep(300)
 '''
+)
 
 # As sitecustomize.py: a worker that hangs in a driver does not even die by SIGKILL.
 UNKILLABLE = """

@@ -24,20 +24,14 @@ import pytest
 
 from ragfleet.remote.pacing import backoff_s
 
-CLASSES = """
+CLASSES = (
+    """
 import os, pathlib, resource, time
 from ragfleet import QueryBasedInference
 from ragfleet.errors import EngineDead
-
-HERE = pathlib.Path(__file__).parent
-
-def once(name):
-    try:
-        os.close(os.open(HERE / name, os.O_CREAT | os.O_EXCL))
-    except FileExistsError:
-        return False
-    return True
-
+"""
+    + harness.ONCE
+    + """
 class Counting(QueryBasedInference):
     def generate_answer(self, query, context, retrieval_method):
         with open(HERE / "calls", "a") as file:
@@ -81,6 +75,7 @@ class Measured(QueryBasedInference):
             (HERE / "grown_kb").write_text(str(late - self.early))
         return query[::-1]
 """
+)
 
 
 class Run:

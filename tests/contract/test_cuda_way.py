@@ -29,13 +29,14 @@ from ragfleet.engines.protocol import (
     PromptSettings,
     SamplingParams,
 )
-from ragfleet.engines.shared_prefix import decoder, support, varlen_pass, ways
+from ragfleet.engines.shared_prefix import decoder, support, varlen, varlen_pass, ways
 from ragfleet.engines.shared_prefix import loop as loop_module
 from ragfleet.engines.shared_prefix.cache import Shape, limits_within
 from ragfleet.engines.shared_prefix.decoder import BURST_STEPS, Decoder, Step
 from ragfleet.engines.shared_prefix.graphs import Graphs
 from ragfleet.engines.shared_prefix.scheduler import Limits, Range, Run
 from ragfleet.engines.shared_prefix.varlen import (
+    Kernels,
     Ranges,
     flash_varlen,
     merge_levels,
@@ -371,11 +372,11 @@ def test_a_capture_that_fails_leaves_the_stream(monkeypatch: pytest.MonkeyPatch)
 # ---- when it is not right
 
 
-def merge_carelessly(outs: Any, lses: Any, absent: Any, other: Any = None) -> Any:
+def merge_carelessly(outs: Any, lses: Any, absent: Any, other: Any) -> Any:
     return merge_levels(outs, torch.zeros_like(lses), absent, other)
 
 
-def absence_ignored(outs: Any, lses: Any, absent: Any, other: Any = None) -> Any:
+def absence_ignored(outs: Any, lses: Any, absent: Any, other: Any) -> Any:
     return merge_levels(outs, lses, torch.zeros_like(absent), other)
 
 
@@ -416,8 +417,8 @@ step = decoder._Bucket._step
 @pytest.mark.parametrize(
     ("owner", "name", "mistaken"),
     [
-        (varlen_pass, "merge_levels", merge_carelessly),
-        (varlen_pass, "merge_levels", absence_ignored),
+        (varlen, "merge_levels", merge_carelessly),
+        (varlen, "merge_levels", absence_ignored),
         (varlen_pass, "_copies_of", copies_unresolved),
         (VarlenCache, "place", offsets_shifted),
         (decoder._Bucket, "_step", lengths_not_advanced),
@@ -484,7 +485,7 @@ def test_layers_on_several_gpus_are_refused() -> None:
         config=config, dtype=torch.bfloat16, hf_device_map={"layers.0": 0, "layers.1": 1}
     )
     with pytest.raises(ways.Unsupported, match="spread over GPUs"):
-        support.check_config(model, ways.varlen_way(plain_varlen, decoder.eagerly))
+        support.check_config(model, ways.varlen_way(Kernels(plain_varlen), decoder.eagerly))
 
 
 @pytest.mark.parametrize("limit", [None, 10 << 30])
@@ -503,7 +504,7 @@ def test_a_gpus_memory_is_not_taken_whole(
     )
     sizes = {"num_slots": 256, "max_new_tokens": 128, "max_model_len": 8192}
     free = 51 << 30 if limit is None else 8 << 30
-    way = ways.varlen_way(plain_varlen, decoder.eagerly)
+    way = ways.varlen_way(Kernels(plain_varlen), decoder.eagerly)
     assert way.default_budget(shape, part, sizes) == int(0.8 * free)
     assert way.default_budget(shape, part, {**sizes, "num_slots": 1}) == (8192 + 192) * (
         shape.bytes_per_token

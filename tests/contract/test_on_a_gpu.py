@@ -7,6 +7,7 @@ default all but the kernel on a pretended one: see `pretended_gpu`.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -49,6 +50,34 @@ def test_the_fused_kernel_is_as_its_source_says(dtype: torch.dtype, head_dim: in
     assert why_not_flash(dtype, head_dim, torch.device("cuda:0")) is None
 
 
+@pytest.mark.gpu
+@NEEDS_GPU
+@pytest.mark.parametrize("head_dim", [16, 64, 96, 128, 256])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_rows_in_triton_give_what_plain_operations_do(dtype: torch.dtype, head_dim: int) -> None:
+    from ragfleet.engines.shared_prefix import triton_kernels
+
+    triton_kernels.try_rows(dtype, head_dim, torch.device("cuda:0"))
+
+
+@pytest.mark.gpu
+@NEEDS_GPU
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_rotations_in_triton_are_the_models_own_bit_by_bit(dtype: torch.dtype) -> None:
+    from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+    from ragfleet.engines.shared_prefix import triton_kernels
+
+    torch.manual_seed(0)
+    for dim, heads in ((64, 6), (96, 32), (128, 1)):
+        options: Any = {"dtype": dtype, "device": "cuda:0"}
+        query, key = (torch.randn(1, 37, n, dim, **options).transpose(1, 2) for n in (heads, 2))
+        cos, sin = torch.randn(2, 1, 37, dim, **options)
+        found = triton_kernels.rotate(query, key, cos, sin)
+        for one, other in zip(found, apply_rotary_pos_emb(query, key, cos, sin), strict=True):
+            assert torch.equal(one, other)
+
+
 def test_fp32_gives_the_tokens_of_plain_generation(
     reference: Reference, gpu: Gpu, start: Make
 ) -> None:
@@ -87,6 +116,8 @@ def test_half_precision_is_fused_and_captured(
         for prompts in sets.values():
             assert len(answer(engine, prompts)) == len(prompts)
         assert not [note for note in loop.notes if "CUDA graphs" in note]
+        if pretended is None:
+            assert not [note for note in loop.notes if "Triton" in note or "own" in note]
         assert not loop._num_failures
         assert loop._decoder is not None
         buckets = loop._decoder._buckets.values()
@@ -138,7 +169,7 @@ def test_a_tensor_left_on_the_host(
     def left(*args: Any, **others: Any) -> varlen_pass.Part:
         made = part(*args, **others)
         absent = torch.zeros(made.absent.shape, dtype=torch.bool)
-        return varlen_pass.Part(made.num_tokens, made.own, made.levels, absent)
+        return dataclasses.replace(made, absent=absent)
 
     monkeypatch.setattr(varlen_pass, "_part_of", left)
     with pretended_gpu(monkeypatch):

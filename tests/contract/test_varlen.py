@@ -11,9 +11,10 @@ from fake_flash import fake_flash, use
 
 from ragfleet.engines.shared_prefix.scheduler import Range
 from ragfleet.engines.shared_prefix.varlen import (
+    Levels,
     Ranges,
     attend_levels,
-    merge_levels,
+    attend_own,
     plain_varlen,
     why_not_flash,
 )
@@ -105,25 +106,22 @@ def test_another_fused_kernel_is_not_used(
     assert why_not_flash(torch.bfloat16, 16, CPU) is not None
 
 
-@pytest.mark.parametrize(
-    ("num_levels", "is_a_level"), [(1, False), (2, False), (0, True), (1, True), (2, True)]
-)
-def test_levels_and_own_parts_merge_to_the_whole(num_levels: int, is_a_level: bool) -> None:
+@pytest.mark.parametrize("num_levels", [0, 1, 2])
+def test_levels_and_own_parts_merge_to_the_whole(num_levels: int) -> None:
     torch.manual_seed(0)
     query, (key, value) = torch.randn(5, 6, 8), torch.randn(2, 40, 2, 8)
-    own = [(index, index + 1, Range(30 + index, 2)) for index in range(5)]
+    own = Ranges.of([(1, 30 + index, 2) for index in range(5)], CPU)
     levels = [[(0, 3, Range(0, 7)), (3, 5, Range(7, 5))], [(0, 3, Range(20, 6)), (3, 5, NOTHING)]]
-    levels = levels[:num_levels] + [own] * is_a_level
-    other = None
-    if not is_a_level:
-        asked = Ranges.of([(1, range_.offset, range_.length) for _, _, range_ in own], CPU)
-        other = plain_varlen(query, key, value, asked, 0.3)
-    in_levels = Ranges.of(asked_in(levels, 3), CPU)
-    outs, lses = attend_levels(plain_varlen, query, key, value, in_levels, len(levels), 0.3)
-    merged = merge_levels(outs, lses, torch.tensor(absent_in(levels)), other)
+    levels = levels[:num_levels]
+    shared = None
+    if levels:
+        asked = Ranges.of(asked_in(levels, 3), CPU)
+        found = attend_levels(plain_varlen, query, key, value, asked, num_levels, 0.3)
+        shared = Levels(*found, torch.tensor(absent_in(levels)))
+    merged = attend_own(plain_varlen, query, key, value, own, shared, 0.3)
     for index in range(5):
         seen = [*range(30 + index, 32 + index)]
-        for start, stop, range_ in (read for level in levels[:num_levels] for read in level):
+        for start, stop, range_ in (read for level in levels for read in level):
             if start <= index < stop:
                 seen += range(range_.offset, range_.offset + range_.length)
         whole = Ranges.of([(1, 0, len(seen))], CPU)

@@ -17,7 +17,7 @@ from ragfleet.engines.decoding import TokenChooser, not_finite
 from ragfleet.engines.shared_prefix.forward import Forward
 from ragfleet.engines.shared_prefix.passes import Read
 from ragfleet.engines.shared_prefix.scheduler import Range, Row
-from ragfleet.engines.shared_prefix.varlen import Kernel, Ranges
+from ragfleet.engines.shared_prefix.varlen import Kernels, Ranges
 from ragfleet.engines.shared_prefix.varlen_cache import VarlenCache
 from ragfleet.engines.shared_prefix.varlen_pass import (
     Part,
@@ -50,7 +50,7 @@ class Decoder:
 
     def __init__(
         self,
-        kernel: Kernel,
+        kernels: Kernels,
         capture: Capture,
         forward: Forward,
         cache: VarlenCache,
@@ -60,7 +60,7 @@ class Decoder:
         """Whether `logits` are wanted: for the self-check."""
         self.logits: torch.Tensor | None = None
         """[rows, vocab] of the last step."""
-        self._kernel = kernel
+        self._kernels = kernels
         self._capture = capture
         self._forward = forward
         self._cache = cache
@@ -84,7 +84,7 @@ class Decoder:
         size = (batch, len(levels), _rounded(sum(map(len, levels))))
         bucket = self._buckets.get(size)
         if bucket is None:
-            bucket = _Bucket(self._kernel, self._forward, self._cache, self._chooser, size)
+            bucket = _Bucket(self._kernels, self._forward, self._cache, self._chooser, size)
             bucket.keeps_logits = self.keeps_logits
             self._buckets[size] = bucket
         with torch.inference_mode():
@@ -109,7 +109,7 @@ class _Bucket:
 
     def __init__(
         self,
-        kernel: Kernel,
+        kernels: Kernels,
         forward: Forward,
         cache: VarlenCache,
         chooser: TokenChooser,
@@ -143,15 +143,27 @@ class _Bucket:
         self.chosen = zeros(2, BURST_STEPS, batch, dtype=torch.int64)
         """[tokens or not finite, step, row]"""
         self._most = min(batch, block_tokens(cache.group))
-        longest = max(cache.num_pool, cache.slot_tokens)
-        ranges = Ranges(starts, offsets, lengths, self._most * cache.group, longest)
+        own = Ranges(
+            torch.arange(batch + 1, dtype=torch.int32, device=device),
+            offsets[num_ranges:],
+            lengths[num_ranges:],
+            max_q=1,
+            max_k=cache.slot_tokens,
+        )
+        in_levels = Ranges(
+            starts[: num_ranges + 1],
+            offsets[: num_ranges + 1],
+            lengths[:num_ranges],
+            max_q=self._most * cache.group,
+            max_k=cache.num_pool,
+        )
         self._pass = VarlenPass(
-            kernel,
+            kernels,
             cache,
             input_ids=self._ids[None],
             position_ids=self._positions[None],
             written=self._written,
-            parts=[Part(batch, None, ranges, self._absent)],
+            parts=[Part(batch, True, own, in_levels if levels else None, self._absent[:levels])],
             logit_rows=torch.arange(batch, device=device),
             slots=list(range(batch)),
         )

@@ -1,7 +1,8 @@
 """One pass through the model's own forward.
 
 Owns the model's state while the loop uses it: the name of its attention, its packed weights, its
-trimmed last layer. `plain` gives the model back as transformers made it.
+trimmed last layer, its fused norms and rotations. `plain` gives the model back as transformers made
+it.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any, Protocol
 import torch
 
 from ragfleet.engines.shared_prefix import attention
+from ragfleet.engines.shared_prefix.fused_layers import FusedLayers, Rotate
 from ragfleet.engines.shared_prefix.packing import (
     Wanted,
     pack_weights,
@@ -37,12 +39,16 @@ class Readable(attention.Attending, Protocol):
 class Forward:
     """A model made ready for passes."""
 
-    def __init__(self, model: Any, *, pack: bool = True) -> None:
+    def __init__(self, model: Any, *, pack: bool = True, rotate: Rotate | None = None) -> None:
+        """`rotate`: the device has fused kernels, this one for rotations."""
         attention.register()
         self._model = model
         self._plain_attention = model.config._attn_implementation
         self.why_not_packed = pack_weights(model) if pack else None
         self._wanted: Wanted = trim_last_layer(model)
+        self._fused = None if rotate is None else FusedLayers(model, rotate)
+        self.notes = [] if self._fused is None else self._fused.notes
+        """Lines for the log."""
         self._use(attention.NAME)
 
     def __call__(self, tensors: Readable) -> torch.Tensor:
@@ -77,6 +83,8 @@ class Forward:
         self._use(self._plain_attention)
 
     def _use(self, name: str) -> None:
+        if self._fused is not None:
+            self._fused.use() if name == attention.NAME else self._fused.undo()
         # The setter for users also looks for kernels to download; this is what it does in the end.
         for config in (self._model.config, self._model.config.get_text_config()):
             config._attn_implementation = name

@@ -84,7 +84,7 @@ class SharedPrefixLoop:
         ]
         if self._forward.why_not_packed is not None:
             notes.append(f"the weights are not packed: {self._forward.why_not_packed}")
-        return notes + self._way_notes
+        return notes + self._forward.notes + self._way_notes
 
     def refusal(self, prepared: Prepared) -> Failure | None:
         """Why a prompt is not for the budget that was asked for."""

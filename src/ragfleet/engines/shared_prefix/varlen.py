@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import torch
 
@@ -147,33 +147,61 @@ def merge_levels(
     outs: torch.Tensor,
     lses: torch.Tensor,
     absent: torch.Tensor,
-    other: tuple[torch.Tensor, torch.Tensor] | None = None,
+    other: tuple[torch.Tensor, torch.Tensor],
 ) -> torch.Tensor:
-    """What tokens found in each level, as `attend_levels` gives it, as if all keys had been one
-    range's: [tokens, heads, dim]. `absent` [levels, tokens] bool: nothing stands there for them.
-    `other`: what they found elsewhere, outputs [tokens, heads, dim] and log-sums [heads, tokens].
-
-    The layout of the kernel is kept to the end, and few operations are asked: a step that decodes
-    has so little to compute that each of them costs a launch.
+    """What tokens found in each level, as `attend_levels` gives it, and elsewhere, as if all keys
+    had been one range's: [tokens, heads, dim]. `absent` [levels, tokens] bool: nothing stands there
+    for them. `other`: outputs [tokens, heads, dim] and log-sums [heads, tokens].
     """
-    num_levels, num_tokens, group, kv_heads, dim = outs.shape
-    merged = outs[0]
-    if num_levels > 1 or other is not None:
-        lses = lses.masked_fill(absent[..., None], -torch.inf)
-        if other is not None:
-            other_lse = other[1].view(kv_heads, group, num_tokens).transpose(1, 2)
-            lses = torch.cat((lses, other_lse[:, None]), dim=1)
-        # [levels, tokens, group, kv_heads, 1], fp32
-        weights = torch.softmax(lses, dim=1).permute(1, 2, 3, 0)[..., None]
-        if other is None:
-            merged = (outs * weights).sum(dim=0)
-        else:  # many tokens: products of all levels at once would be large
-            merged = other[0].unflatten(1, (kv_heads, group)).transpose(1, 2) * weights[-1]
-            for part, weight in zip(outs, weights[:-1], strict=True):
-                merged += part * weight
+    _, num_tokens, group, kv_heads, dim = outs.shape
+    other_lse = other[1].view(kv_heads, group, num_tokens).transpose(1, 2)
+    lses = lses.masked_fill(absent[..., None], -torch.inf)
+    lses = torch.cat((lses, other_lse[:, None]), dim=1)
+    # [levels, tokens, group, kv_heads, 1], fp32
+    weights = torch.softmax(lses, dim=1).permute(1, 2, 3, 0)[..., None]
+    merged = other[0].unflatten(1, (kv_heads, group)).transpose(1, 2) * weights[-1]
+    for part, weight in zip(outs, weights[:-1], strict=True):  # all at once would be large
+        merged += part * weight
     out = outs.new_empty((num_tokens, kv_heads, group, dim))
     out.copy_(merged.transpose(1, 2))
     return out.flatten(1, 2)
+
+
+class Levels(NamedTuple):
+    """What tokens found in shared ranges: see `merge_levels`."""
+
+    outs: torch.Tensor
+    lses: torch.Tensor
+    absent: torch.Tensor
+
+
+Rows = Callable[
+    [torch.Tensor, torch.Tensor, torch.Tensor, Ranges, Levels | None, float], torch.Tensor
+]
+"""`attend_own` without its kernel, for rows: each range is asked by one token, and has keys."""
+
+
+@dataclass(frozen=True, slots=True)
+class Kernels:
+    """Of a device."""
+
+    ranges: Kernel
+    rows: Rows | None = None
+    """None: rows take that for ranges."""
+
+
+def attend_own(
+    kernel: Kernel,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    own: Ranges,
+    shared: Levels | None,
+    scaling: float,
+) -> torch.Tensor:
+    """Over each token's own range, merged with `shared`: [tokens, heads, dim]."""
+    found = kernel(query, key, value, own, scaling)
+    return found[0] if shared is None else merge_levels(*shared, found)
 
 
 def why_not_flash(dtype: torch.dtype, head_dim: int, device: torch.device) -> str | None:

@@ -17,10 +17,11 @@ from ragfleet.engines.shared_prefix.passes import Read, joined
 from ragfleet.engines.shared_prefix.scheduler import Pass, Range, Row, Run
 from ragfleet.engines.shared_prefix.varlen import (
     BLOCK_QUERIES,
-    Kernel,
+    Kernels,
+    Levels,
     Ranges,
     attend_levels,
-    merge_levels,
+    attend_own,
 )
 from ragfleet.engines.shared_prefix.varlen_cache import VarlenCache
 
@@ -34,10 +35,11 @@ class Part:
     """Consecutive tokens of a pass that go through the kernels together."""
 
     num_tokens: int
-    own: Ranges | None
-    """Their own part. None: it is the last one of the levels."""
+    are_rows: bool
+    """One token each; else runs."""
+    own: Ranges
     levels: Ranges | None
-    """See `varlen.attend_levels`. None: they see nothing else."""
+    """See `varlen.attend_levels`. None: they see nothing but their own."""
     absent: torch.Tensor
     """[levels, tokens]: see `varlen.merge_levels`."""
 
@@ -47,7 +49,7 @@ class VarlenPass:
 
     def __init__(
         self,
-        kernel: Kernel,
+        kernels: Kernels,
         cache: VarlenCache,
         *,
         input_ids: torch.Tensor,
@@ -66,7 +68,7 @@ class VarlenPass:
         self.logit_rows = logit_rows
         self.slots = slots
         self.num_tokens = input_ids.shape[1]
-        self._kernel = kernel
+        self._kernels = kernels
         self._cache = cache
         self._written = written
         self._copies = copies
@@ -97,20 +99,18 @@ class VarlenPass:
         part: Part,
         scaling: float,
     ) -> torch.Tensor:
-        own = None
-        if part.own is not None:
-            own = self._kernel(query, keys, values, part.own, scaling)
-            if part.levels is None:
-                return own[0]
-        assert part.levels is not None
-        outs, lses = attend_levels(
-            self._kernel, query, keys, values, part.levels, len(part.absent), scaling
-        )
-        return merge_levels(outs, lses, part.absent, own)
+        kernel, shared = self._kernels.ranges, None
+        if part.levels is not None:
+            num_levels = len(part.absent)
+            found = attend_levels(kernel, query, keys, values, part.levels, num_levels, scaling)
+            shared = Levels(*found, part.absent)
+        if part.are_rows and self._kernels.rows is not None:
+            return self._kernels.rows(query, keys, values, part.own, shared, scaling)
+        return attend_own(kernel, query, keys, values, part.own, shared, scaling)
 
 
 def packed_pass(
-    kernel: Kernel,
+    kernels: Kernels,
     scheduled: Pass,
     last_tokens: Mapping[int, int],
     cache: VarlenCache,
@@ -119,7 +119,7 @@ def packed_pass(
     """`last_tokens`: by slot, the token that a decoding row feeds.
 
     In three parts, for the kernels launch as many blocks for each range as the longest needs: rows
-    (one token each, whose own part is a level as any other), slots' runs (short), nodes' runs.
+    (one token each), slots' runs (short), nodes' runs.
     """
     rows = scheduled.rows
     in_slots = [run for run in scheduled.runs if run.slot >= 0]
@@ -140,7 +140,7 @@ def packed_pass(
     ends = [(own.offset + own.length, count) for part in views for count, own, _ in part]
     device = cache.device
     return VarlenPass(
-        kernel,
+        kernels,
         cache,
         input_ids=torch.tensor([ids], device=device),
         position_ids=torch.tensor([positions], device=device),
@@ -182,12 +182,11 @@ def _part_of(views: Sequence[View], cache: VarlenCache, *, are_rows: bool) -> Pa
         pieces.append((at, at + count, before))
         at += count
     levels = in_blocks(level_reads(pieces, at), block_tokens(cache.group))
-    if are_rows:
-        levels.append([(n, n + 1, range_) for n, (_, range_, _) in enumerate(views)])
     own = [(count, range_.offset, range_.length) for count, range_, _ in views]
     return Part(
         num_tokens=at,
-        own=None if are_rows else Ranges.of(own, cache.device, causal=True),
+        are_rows=are_rows,
+        own=Ranges.of(own, cache.device, causal=True),
         levels=Ranges.of(asked_in(levels, cache.group), cache.device) if levels else None,
         absent=torch.tensor(absent_in(levels), dtype=torch.bool, device=cache.device),
     )

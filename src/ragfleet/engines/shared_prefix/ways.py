@@ -25,11 +25,12 @@ from ragfleet.engines.shared_prefix.cache import (
 )
 from ragfleet.engines.shared_prefix.decoder import Capture, Decoder, eagerly
 from ragfleet.engines.shared_prefix.forward import Forward, Readable
+from ragfleet.engines.shared_prefix.fused_layers import Rotate
 from ragfleet.engines.shared_prefix.graphs import Graphs
 from ragfleet.engines.shared_prefix.passes import TensorPass
 from ragfleet.engines.shared_prefix.scheduler import Limits, Pass
 from ragfleet.engines.shared_prefix.varlen import (
-    Kernel,
+    Kernels,
     flash_varlen,
     plain_varlen,
     why_not_flash,
@@ -95,6 +96,8 @@ class Way:
     begin: Callable[[], list[str]]
     """Settings of the process for this way; lines for the log of what could not be set."""
     packs_weights: bool
+    rotate: Rotate | None = None
+    """See `Forward`."""
     num_slots: int
     """Decoded together unless --batch_size says otherwise."""
     pass_tokens: int
@@ -114,17 +117,21 @@ def way_of(shape: Shape) -> Way:
 
 
 def varlen_way(
-    kernel: Kernel, capture: Capture, begin: Callable[[], list[str]] = lambda: []
+    kernels: Kernels,
+    capture: Capture,
+    begin: Callable[[], list[str]] = lambda: [],
+    rotate: Rotate | None = None,
 ) -> Way:
-    """Many ranges in one call of `kernel`. On any device: tests have it on the CPU."""
+    """Many ranges in one call of a kernel. On any device: tests have it on the CPU."""
     return Way(
         dtypes=frozenset({torch.float32, torch.bfloat16, torch.float16}),
         make_cache=VarlenCache,
-        make_pass=partial(packed_pass, kernel),
-        make_decoder=partial(Decoder, kernel, capture),
+        make_pass=partial(packed_pass, kernels),
+        make_decoder=partial(Decoder, kernels, capture),
         default_budget=_part_of_gpu,
         begin=begin,
         packs_weights=False,
+        rotate=rotate,
         num_slots=GPU_SLOTS,
         pass_tokens=GPU_PASS_TOKENS,
         least_free_share=GPU_LEAST_FREE_SHARE,
@@ -135,16 +142,29 @@ def varlen_way(
 def _cuda(shape: Shape) -> Way:
     if shape.dtype == torch.float32:
         slow = "fp32 has no fused attention here: it goes range by range, exact and slow"
-        return varlen_way(plain_varlen, eagerly, lambda: [slow])
+        return varlen_way(Kernels(plain_varlen), eagerly, lambda: [slow])
     reason = why_not_flash(shape.dtype, shape.head_dim, shape.device)
     if reason is not None:
         raise Unsupported(f"the fused attention is missing, or not as it is used here: {reason}")
     graphs = Graphs()
-    return varlen_way(
-        flash_varlen,
-        graphs.capture,
-        lambda: [f"decoding goes without CUDA graphs: {graphs.why_not}"] if graphs.why_not else [],
-    )
+    kernels, rotate, why_not_triton = _with_triton(shape)
+
+    def begin() -> list[str]:
+        why_not = {"Triton": why_not_triton, "CUDA graphs": graphs.why_not}
+        return [f"decoding goes without {what}: {why}" for what, why in why_not.items() if why]
+
+    return varlen_way(kernels, graphs.capture, begin, rotate)
+
+
+def _with_triton(shape: Shape) -> tuple[Kernels, Rotate | None, str | None]:
+    """(kernels, rotation, None), or what there is without Triton, and why it can't be used."""
+    try:
+        from ragfleet.engines.shared_prefix import triton_kernels
+
+        triton_kernels.try_rows(shape.dtype, shape.head_dim, shape.device)
+    except Exception as error:  # no Triton, no compiler for what it makes, or other numbers
+        return Kernels(flash_varlen), None, f"{type(error).__name__}: {error}".splitlines()[0]
+    return Kernels(flash_varlen, triton_kernels.attend_rows), triton_kernels.rotate, None
 
 
 def _part_of_gpu(shape: Shape, spec: EngineSpec, sizes: Mapping[str, Any]) -> int:

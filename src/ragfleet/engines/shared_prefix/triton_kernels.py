@@ -1,0 +1,243 @@
+"""What torch has no fused kernel for on CUDA, in Triton, which torch's builds for CUDA bring along.
+
+Owns the attention of decoding rows over their own keys, merged with what they found in shared
+ranges, and the rotation of queries and keys. Imported only where there is CUDA: see
+`why_not_triton`.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+import torch
+import triton
+import triton.language as tl
+
+from ragfleet.engines.shared_prefix.varlen import (
+    Levels,
+    Ranges,
+    attend_levels,
+    merge_levels,
+    plain_varlen,
+)
+
+BLOCK_KEYS: Final = 64
+"""Read at once by a block of `attend_rows`: a row's own keys are few."""
+LEAST_QUERIES: Final = 16
+"""Of a product on tensor cores; a group's heads are fewer, the rest is padding."""
+
+
+def attend_rows(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    own: Ranges,
+    shared: Levels | None,
+    scaling: float,
+) -> torch.Tensor:
+    """See `varlen.Rows`. A block per row and head of keys: its queries read the row's keys once,
+    softmax goes along (FlashAttention, arXiv 2205.14135), and the levels join at the end as if they
+    were further keys."""
+    num_tokens, num_heads, dim = query.shape
+    kv_heads = key.shape[1]
+    out = query.new_empty((num_tokens, num_heads, dim))
+    # Without levels nothing is read of these three.
+    outs, lses, absent = (out, out, out) if shared is None else shared
+    _rows_kernel[num_tokens, kv_heads](
+        query,
+        key,
+        value,
+        own.offsets_k,
+        own.lengths_k,
+        outs,
+        lses,
+        absent,
+        out,
+        scaling,
+        num_tokens,
+        0 if shared is None else len(outs),
+        query.stride(0),
+        query.stride(1),
+        key.stride(0),
+        key.stride(1),
+        lses.stride(0),
+        KV_HEADS=kv_heads,
+        GROUP=num_heads // kv_heads,
+        DIM=dim,
+        BLOCK_GROUP=max(LEAST_QUERIES, triton.next_power_of_2(num_heads // kv_heads)),
+        BLOCK_DIM=max(LEAST_QUERIES, triton.next_power_of_2(dim)),
+        BLOCK_KEYS=BLOCK_KEYS,
+        num_warps=4,
+    )
+    return out
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _rows_kernel(  # type: ignore[no-untyped-def]
+    query,
+    key,
+    value,
+    offsets,
+    lengths,
+    outs,
+    lses,
+    absent,
+    out,
+    scaling,
+    num_tokens,
+    num_levels,
+    query_token,
+    query_head,
+    key_place,
+    key_head,
+    lse_head,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    DIM: tl.constexpr,
+    BLOCK_GROUP: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+    BLOCK_KEYS: tl.constexpr,
+):
+    row = tl.program_id(0)
+    head = tl.program_id(1)
+    heads = tl.arange(0, BLOCK_GROUP)
+    dims = tl.arange(0, BLOCK_DIM)
+    places = tl.arange(0, BLOCK_KEYS)
+    is_head = heads < GROUP
+    is_dim = dims < DIM
+    is_both = is_head[:, None] & is_dim[None, :]
+    asked = query + row * query_token + (head * GROUP + heads)[:, None] * query_head
+    q = tl.load(asked + dims[None, :], mask=is_both, other=0.0)
+    first = tl.load(offsets + row)
+    length = tl.load(lengths + row)
+    top = tl.full([BLOCK_GROUP], -float("inf"), tl.float32)
+    total = tl.zeros([BLOCK_GROUP], tl.float32)
+    found = tl.zeros([BLOCK_GROUP, BLOCK_DIM], tl.float32)
+    for start in range(0, length, BLOCK_KEYS):
+        seen = start + places < length
+        at = (first + start + places).to(tl.int64) * key_place + head * key_head
+        k = tl.load(
+            key + at[None, :] + dims[:, None], mask=is_dim[:, None] & seen[None, :], other=0.0
+        )
+        scores = tl.dot(q, k, input_precision="ieee") * scaling
+        scores = tl.where(seen[None, :], scores, -float("inf"))
+        higher = tl.maximum(top, tl.max(scores, 1))
+        probs = tl.exp(scores - higher[:, None])
+        kept = tl.exp(top - higher)
+        v = tl.load(
+            value + at[:, None] + dims[None, :], mask=seen[:, None] & is_dim[None, :], other=0.0
+        )
+        found = found * kept[:, None] + tl.dot(probs.to(v.dtype), v, input_precision="ieee")
+        total = total * kept + tl.sum(probs, 1)
+        top = higher
+    for level in range(num_levels):
+        token = level * num_tokens + row
+        if tl.load(absent + token) == 0:
+            lse = tl.load(lses + head * lse_head + token * GROUP + heads, mask=is_head, other=0.0)
+            at_level = outs + ((token * GROUP + heads)[:, None] * KV_HEADS + head) * DIM
+            part = tl.load(at_level + dims[None, :], mask=is_both, other=0.0).to(tl.float32)
+            higher = tl.maximum(top, lse)
+            kept = tl.exp(top - higher)
+            weight = tl.exp(lse - higher)
+            found = found * kept[:, None] + part * weight[:, None]
+            total = total * kept + weight
+            top = higher
+    written = out + (row * KV_HEADS * GROUP + head * GROUP + heads)[:, None] * DIM + dims[None, :]
+    tl.store(written, (found / total[:, None]).to(out.dtype.element_ty), mask=is_both)
+
+
+def rotate(
+    query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rotary positions, halves against each other, rounded where transformers' own operations
+    round: the same bits. query [1, heads, tokens, dim] and key [1, kv_heads, tokens, dim] of any
+    strides but the last, cos and sin [1, tokens, dim]; results have tokens before heads in memory.
+    """
+    num_tokens, dim = query.shape[2:]
+    rotated = [
+        states.new_empty((1, num_tokens, states.shape[1], dim)).transpose(1, 2)
+        for states in (query, key)
+    ]
+    for states, out in zip((query, key), rotated, strict=True):
+        heads = states.shape[1]
+        _rotate_kernel[(num_tokens,)](
+            states,
+            cos,
+            sin,
+            out,
+            states.stride(2),
+            states.stride(1),
+            cos.stride(1),
+            sin.stride(1),
+            HEADS=heads,
+            HALF=dim // 2,
+            BLOCK_HEADS=triton.next_power_of_2(heads),
+            BLOCK_HALF=triton.next_power_of_2(dim // 2),
+            num_warps=4,
+        )
+    return rotated[0], rotated[1]
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _rotate_kernel(  # type: ignore[no-untyped-def]
+    states,
+    cos,
+    sin,
+    out,
+    by_token,
+    by_head,
+    cos_by_token,
+    sin_by_token,
+    HEADS: tl.constexpr,
+    HALF: tl.constexpr,
+    BLOCK_HEADS: tl.constexpr,
+    BLOCK_HALF: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    heads = tl.arange(0, BLOCK_HEADS)[:, None]
+    dims = tl.arange(0, BLOCK_HALF)[None, :]
+    is_dim = dims < HALF
+    mask = (heads < HEADS) & is_dim
+    at = states + token * by_token + heads * by_head + dims
+    first = tl.load(at, mask=mask, other=0.0)
+    second = tl.load(at + HALF, mask=mask, other=0.0)
+    kind = first.dtype
+    at_cos = cos + token * cos_by_token + dims
+    at_sin = sin + token * sin_by_token + dims
+    cos_1 = tl.load(at_cos, mask=is_dim, other=0.0).to(tl.float32)
+    cos_2 = tl.load(at_cos + HALF, mask=is_dim, other=0.0).to(tl.float32)
+    sin_1 = tl.load(at_sin, mask=is_dim, other=0.0).to(tl.float32)
+    sin_2 = tl.load(at_sin + HALF, mask=is_dim, other=0.0).to(tl.float32)
+    one = first.to(tl.float32)
+    two = second.to(tl.float32)
+    # Each product is rounded before the sum, as separate operations do.
+    new_1 = (one * cos_1).to(kind).to(tl.float32) - (two * sin_1).to(kind).to(tl.float32)
+    new_2 = (two * cos_2).to(kind).to(tl.float32) + (one * sin_2).to(kind).to(tl.float32)
+    to = out + (token * HEADS + heads) * (2 * HALF) + dims
+    tl.store(to, new_1.to(kind), mask=mask)
+    tl.store(to + HALF, new_2.to(kind), mask=mask)
+
+
+def try_rows(dtype: torch.dtype, head_dim: int, device: torch.device) -> None:
+    """Raises AssertionError unless `attend_rows` gives what plain operations do."""
+    tokens, group, kv_heads, places = 5, 3, 2, 400
+    numbers = torch.arange(2 * places * kv_heads * head_dim, device=device).cos()
+    key, value = numbers.view(2, places, kv_heads, head_dim)
+    query = torch.arange(tokens * group * kv_heads * head_dim, device=device).sin()
+    query = query.view(tokens, group * kv_heads, head_dim)
+    own = Ranges.of(
+        [(1, at, n) for at, n in ((9, 1), (300, 64), (0, 65), (50, 130), (7, 3))], device
+    )
+    asked = [(2 * group, 200, 90), (3 * group, 0, 0), (5 * group, 333, 20)]
+    levels = Ranges.of(asked, device)
+    absent = torch.tensor([[False, False, True, True, True], [False] * 5], device=device)
+    low, keys, values = (one.to(dtype) for one in (query, key, value))
+    for with_levels in (False, True):
+        wanted, wanted_lse = plain_varlen(query, key, value, own, 0.2)
+        shared = None
+        if with_levels:
+            found = attend_levels(plain_varlen, query, key, value, levels, 2, 0.2)
+            wanted = merge_levels(*found, absent, (wanted, wanted_lse))
+            shared = Levels(found[0].to(dtype), found[1], absent)
+        found_rows = attend_rows(low, keys, values, own, shared, 0.2)
+        torch.testing.assert_close(found_rows.float(), wanted, rtol=2e-2, atol=2e-2)

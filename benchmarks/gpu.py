@@ -18,14 +18,15 @@ arms answer the same random token ids (`gpu_work.py`) with the same model object
 
 Random weights end no answer, so each request says how long its answer is, and all arms stop
 there. `--seconds` is for all of it. Arms that would take too long answer a part of the requests,
-whose time is scaled by tokens (`gpu_trials.py`); it is said where that is so. Ours has three tenths
+whose time is scaled by tokens (`gpu_trials.py`); it is said where that is so. Ours has four tenths
 of the free memory for keys and values, continuous batching six tenths of the rest.
 
 `% of roofline`: the longer one of the arithmetic at the speed of a large matrix product and of the
 traffic at that of a large copy, both measured first, each shared token read once, over the time.
 `gap`: how far the logit of a chosen token is below the largest one in the model's plain forward,
 in standard deviations, at most (naive's own: what rounding does); a wrong token has about four.
-`check` is correctness alone, in fp32 and bf16, for four architectures.
+`check` is correctness alone, in fp32 and bf16, for four architectures; there gaps in bf16 are those
+in an fp32 copy of the model.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ from ragfleet.engines.protocol import (
 from ragfleet.engines.shared_prefix import scheduler as scheduling
 from ragfleet.engines.shared_prefix.loop import SharedPrefixLoop, make_loop
 
-KV_SHARE: Final = 0.3
+KV_SHARE: Final = 0.4
 """Of the memory that is free beside the weights: ours, for keys and values."""
 CONFIGS: Final = {
     "llama": "LlamaConfig",

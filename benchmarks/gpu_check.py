@@ -1,12 +1,14 @@
 """Whether the arms of `gpu.py` answer right, and where ours spends its time.
 
 In fp32 all arms must give naive's tokens. In bf16 two right ways differ in rounding, and a near-tie
-turns into another token; so there each answer is fed to the model's plain forward, and each of its
-tokens must have a logit near the largest one: `gaps`. Naive's own gaps show what rounding does.
+turns into another token; so there each answer is fed to a plain forward of the same weights in
+fp32, which sides with nobody's rounding, and each of its tokens must have a logit near the largest
+one: `gaps`. Naive's own gaps show what rounding does.
 """
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import statistics
 from collections.abc import Sequence
@@ -71,6 +73,7 @@ def check(device: torch.device, *, tiny: bool) -> bool:
 
 
 def _check_one(host: Host, requests: Sequence[Prepared]) -> bool:
+    exact = copy.deepcopy(host.model).float()
     arms: list[Arm] = [Naive(host), Static(host), Continuous(host, stock=True)]
     if host.model.dtype == torch.bfloat16:  # flash attention knows no fp32
         arms.append(Continuous(host, stock=False))
@@ -93,7 +96,7 @@ def _check_one(host: Host, requests: Sequence[Prepared]) -> bool:
         finally:
             arm.close()
         expected = expected or answers
-        right &= _report(host, arm, requests, answers, expected) or not _is_ours(arm)
+        right &= _report(host, exact, arm, requests, answers, expected) or not _is_ours(arm)
     return right
 
 
@@ -103,11 +106,15 @@ def _is_ours(arm: Arm) -> bool:
 
 
 def _report(
-    host: Host, arm: Arm, requests: Sequence[Prepared], answers: Answers, expected: Answers
+    host: Host,
+    exact: Any,
+    arm: Arm,
+    requests: Sequence[Prepared],
+    answers: Answers,
+    expected: Answers,
 ) -> bool:
     same = sum(answers[request.key] == expected[request.key] for request in requests)
-    with host.as_made() as model:
-        found = gaps(model, requests, answers)
+    found = gaps(exact, requests, answers)
     is_right = all(len(answers[r.key]) == answer_tokens(r) for r in requests)
     is_right &= max(found) <= LARGEST_GAP
     if host.model.dtype == torch.float32:

@@ -103,7 +103,7 @@ class RunConfig:
     """Strings that end an answer (they are not part of it)."""
     batch_size: int | None = None
     """Most requests generated together by one worker (empty: where prefixes are shared 64 on CPU
-    and 256 on a GPU, else 8 and 32; vllm: its own default)."""
+    and 512 on a GPU, else 8 and 32; vllm: its own default)."""
     prefix_sharing: PrefixSharing = "auto"
     """transformers only. auto: what prompts share is read once, where that is proved right (CPU,
     full-attention decoders); on: also on a GPU, where nobody has run it yet; off: plain batches."""

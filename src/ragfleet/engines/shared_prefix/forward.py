@@ -1,20 +1,19 @@
 """One pass through the model's own forward.
 
 Owns the model's state while the loop uses it: the name of its attention, its packed weights, its
-trimmed last layer, its fused norms and rotations. `plain` gives the model back as transformers made
-it.
+trimmed last layer, its fused layers. `plain` gives the model back as transformers made it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, Protocol
 
 import torch
 
 from ragfleet.engines.shared_prefix import attention
-from ragfleet.engines.shared_prefix.fused_layers import FusedLayers, Rotate
+from ragfleet.engines.shared_prefix.fused_layers import Fused, FusedLayers
 from ragfleet.engines.shared_prefix.packing import (
     Wanted,
     pack_weights,
@@ -39,14 +38,13 @@ class Readable(attention.Attending, Protocol):
 class Forward:
     """A model made ready for passes."""
 
-    def __init__(self, model: Any, *, pack: bool = True, rotate: Rotate | None = None) -> None:
-        """`rotate`: the device has fused kernels, this one for rotations."""
+    def __init__(self, model: Any, *, pack: bool = True, fused: Fused | None = None) -> None:
         attention.register()
         self._model = model
         self._plain_attention = model.config._attn_implementation
         self.why_not_packed = pack_weights(model) if pack else None
         self._wanted: Wanted = trim_last_layer(model)
-        self._fused = None if rotate is None else FusedLayers(model, rotate)
+        self._fused = None if fused is None else FusedLayers(model, fused)
         self.notes = [] if self._fused is None else self._fused.notes
         """Lines for the log."""
         self._use(attention.NAME)
@@ -55,7 +53,8 @@ class Forward:
         """Logits [len(tensors.slots), vocab]; keys and values are written by the way."""
         everything = len(tensors.logit_rows) == tensors.num_tokens
         self._wanted.rows = None if everything else tensors.logit_rows
-        with torch.inference_mode():
+        rotations = nullcontext() if self._fused is None else self._fused.rotations()
+        with torch.inference_mode(), rotations:
             out = self._model(
                 input_ids=tensors.input_ids,
                 position_ids=tensors.position_ids,
@@ -81,6 +80,8 @@ class Forward:
         restore_last_layer(self._model)
         unpack_weights(self._model)
         self._use(self._plain_attention)
+        if self._fused is not None:
+            self._fused.close()
 
     def _use(self, name: str) -> None:
         if self._fused is not None:

@@ -1,13 +1,17 @@
-"""Norms and rotations of a model's own code, each a handful of operations, by one kernel.
+"""What a model's own layers compute in many small operations, in few.
 
-Owns which of a model's modules compute what the kernel computes, found by trying both on numbers,
-and their exchange while passes run. What computes something else stays as it is.
+Owns which of a model's modules can be exchanged, found by trying both ways on numbers, and their
+exchange while passes run: RMS norms, rotations, MLPs, and the products of queries, keys and values.
+What computes something else stays as it is. Weights are read once; none is there twice.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from types import ModuleType
 from typing import Any, Final
 
@@ -15,71 +19,174 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-Rotate = Callable[
-    [torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]
-]
-"""query [1, heads, tokens, dim], key [1, kv_heads, tokens, dim], cos and sin [1, tokens, dim]: both
-with rotary positions."""
 ROTATION: Final = "apply_rotary_pos_emb"
 """What transformers calls it, in the Python module of each model."""
+Forward = Callable[[torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Fused:
+    """Kernels of a device."""
+
+    rotate: Callable[
+        [torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]
+    ]
+    """query [1, heads, tokens, dim], key [1, kv_heads, tokens, dim], cos and sin [1, tokens, dim]:
+    both with rotary positions, halves against each other."""
+    gated: Forward
+    """[..., 2 * size] to [..., size]: SiLU of the first half times the second."""
 
 
 class FusedLayers:
-    """Of one model: `use`, `undo`, in turns."""
+    """Of one model: `use` and `undo` in turns, `rotations` around its forward while in use."""
 
-    def __init__(self, model: nn.Module, rotate: Rotate) -> None:
-        self._norms = [
-            (module, _fused_norm(module)) for module in model.modules() if _is_fused_norm(module)
-        ]
+    def __init__(self, model: nn.Module, fused: Fused) -> None:
+        self._joined: list[_Joined] = []
+        self._forwards: list[tuple[Any, Forward]] = []
         self._rotations: list[tuple[ModuleType, Any, Any]] = []
         self.notes: list[str] = []
         """Lines for the log, of what stays as it is."""
-        for home in {sys.modules[type(module).__module__] for module in model.modules()}:
+        modules = list(model.modules())
+        for what, make in (("norms", _norm), ("MLPs", self._mlp), ("projections", self._qkv)):
+            found = [one for module in modules for one in make(module, fused)]
+            self._forwards += found
+            if not found:
+                self.notes.append(f"{what} are the model's own")
+        like = next(model.parameters())
+        for home in {sys.modules[type(module).__module__] for module in modules}:
             own = getattr(home, ROTATION, None)
             if own is None:
                 continue
-            reason = _why_not_rotate(own, rotate, next(model.parameters()))
-            if reason is None:
-                self._rotations.append((home, own, _rotation(own, rotate)))
+            asked = _asked(like)
+            if _agree(partial(fused.rotate, *asked), partial(own, *asked)):
+                self._rotations.append((home, own, _rotation(own, fused)))
             else:
-                self.notes.append(f"rotations are the model's own: {reason}")
-        if not self._norms:
-            self.notes.append("norms are the model's own")
+                self.notes.append("rotations are the model's own")
 
     def use(self) -> None:
-        for module, forward in self._norms:
+        for module, forward in self._forwards:
             module.forward = forward
-        for home, _, fused in self._rotations:
-            setattr(home, ROTATION, fused)
 
     def undo(self) -> None:
-        """The model as it was."""
-        for module, _ in self._norms:
+        """The model computes as it did, from the same weights."""
+        for module, _ in self._forwards:
             vars(module).pop("forward", None)
-        for home, own, _ in self._rotations:
-            setattr(home, ROTATION, own)
+
+    def close(self) -> None:
+        """The model as it was."""
+        self.undo()
+        for joined in self._joined:
+            joined.part()
+
+    @contextmanager
+    def rotations(self) -> Iterator[None]:
+        """They are found in the Python modules of models, which others may be using too."""
+        for home, _, rotation in self._rotations:
+            setattr(home, ROTATION, rotation)
+        try:
+            yield
+        finally:
+            for home, own, _ in self._rotations:
+                setattr(home, ROTATION, own)
+
+    def _mlp(self, module: Any, fused: Fused) -> list[tuple[Any, Forward]]:
+        linears = _linears(module, ("gate_proj", "up_proj"))
+        if not linears or not hasattr(module, "down_proj") or "forward" in vars(module):
+            return []
+        gate, up = linears
+
+        def by_parts(x: torch.Tensor) -> torch.Tensor:
+            both = torch.cat((gate(x), up(x)), -1)
+            out: torch.Tensor = module.down_proj(fused.gated(both))
+            return out
+
+        x = _numbers((1, 3, gate.in_features), gate.weight)
+        if not _agree(partial(by_parts, x), partial(module, x)):
+            return []
+        joined = _Joined(linears)
+        self._joined.append(joined)
+
+        def forward(x: torch.Tensor) -> torch.Tensor:
+            out: torch.Tensor = module.down_proj(fused.gated(joined(x)))
+            return out
+
+        return [(module, forward)]
+
+    def _qkv(self, module: Any, fused: Fused) -> list[tuple[Any, Forward]]:
+        linears = _linears(module, ("q_proj", "k_proj", "v_proj"))
+        if not linears:
+            return []
+        joined = _Joined(linears)
+        self._joined.append(joined)
+        return list(zip(linears, joined.forwards(), strict=True))
 
 
-def _is_fused_norm(module: Any) -> bool:
+class _Joined:
+    """Linear layers of one input as one product. Their weights become views of its."""
+
+    def __init__(self, linears: Sequence[nn.Linear]) -> None:
+        self._linears = linears
+        self._sizes = [linear.out_features for linear in linears]
+        self._weight = torch.cat([linear.weight.detach() for linear in linears])
+        biases = [linear.bias for linear in linears]
+        self._bias = None if biases[0] is None else torch.cat([one.detach() for one in biases])
+        self._x: torch.Tensor | None = None
+        self._parts: Sequence[torch.Tensor] = ()
+        for linear, weight in zip(linears, self._weight.split(self._sizes), strict=True):
+            linear.weight = nn.Parameter(weight, requires_grad=False)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return functional.linear(x, self._weight, self._bias)
+
+    def part(self) -> None:
+        for linear in self._linears:
+            linear.weight = nn.Parameter(linear.weight.detach().clone(), requires_grad=False)
+
+    def forwards(self) -> list[Forward]:
+        """Of the layers: who is asked first computes for all, if they are asked for the same."""
+
+        def forward_of(index: int) -> Forward:
+            linear = self._linears[index]
+
+            def forward(x: torch.Tensor) -> torch.Tensor:
+                if not index:
+                    self._x, self._parts = x, self(x).split(self._sizes, -1)
+                elif x is not self._x:
+                    return functional.linear(x, linear.weight, linear.bias)
+                part = self._parts[index]
+                if index == len(self._linears) - 1:  # keep nothing alive
+                    self._x, self._parts = None, ()
+                return part
+
+            return forward
+
+        return [forward_of(index) for index in range(len(self._linears))]
+
+
+def _linears(module: Any, names: Sequence[str]) -> list[nn.Linear]:
+    """Those of the names, where they can be joined."""
+    linears: list[Any] = [getattr(module, name, None) for name in names]
+    linears = [one for one in linears if type(one) is nn.Linear and "forward" not in vars(one)]
+    if len(linears) < len(names):
+        return []
+    alike = {(one.in_features, one.bias is None, one.weight.dtype) for one in linears}
+    return linears if len(alike) == 1 else []
+
+
+def _norm(module: Any, fused: Fused) -> list[tuple[Any, Forward]]:
     weight = getattr(module, "weight", None)
     if not hasattr(module, "variance_epsilon") or weight is None or "forward" in vars(module):
-        return False
-    x = torch.arange(3 * weight.numel(), device=weight.device).sin().to(weight.dtype)
-    x = x.view(3, -1)
-    with torch.inference_mode():
-        return weight.ndim == 1 and _is_close(module(x), _fused_norm(module)(x))
-
-
-def _fused_norm(module: Any) -> Callable[[torch.Tensor], torch.Tensor]:
-    weight, epsilon = module.weight, module.variance_epsilon
+        return []
+    epsilon = module.variance_epsilon
 
     def forward(x: torch.Tensor) -> torch.Tensor:
         return functional.rms_norm(x, weight.shape, weight, epsilon)
 
-    return forward
+    x = _numbers((3, weight.numel()), weight)
+    return [(module, forward)] if _agree(partial(forward, x), partial(module, x)) else []
 
 
-def _rotation(own: Any, rotate: Rotate) -> Any:
+def _rotation(own: Any, fused: Fused) -> Any:
     def rotation(
         query: torch.Tensor,
         key: torch.Tensor,
@@ -90,27 +197,27 @@ def _rotation(own: Any, rotate: Rotate) -> Any:
     ) -> Any:
         if others or more or cos.shape != (1, query.shape[2], query.shape[3]):
             return own(query, key, cos, sin, *others, **more)
-        return rotate(query, key, cos, sin)
+        return fused.rotate(query, key, cos, sin)
 
     return rotation
 
 
-def _why_not_rotate(own: Any, rotate: Rotate, like: torch.Tensor) -> str | None:
-    """Laid out as layers have them: tokens before heads."""
-    options: Any = {"device": like.device}
+def _asked(like: torch.Tensor) -> list[torch.Tensor]:
+    """What a rotation is asked, laid out as layers have it: tokens before heads."""
+    query, key = (_numbers((1, 5, heads, 64), like).transpose(1, 2) for heads in (4, 2))
+    cos = _numbers((1, 5, 64), like)
+    return [query, key, cos, cos.roll(7, 2)]
+
+
+def _numbers(shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
+    count = torch.Size(shape).numel()
+    return torch.arange(count, device=like.device).sin().to(like.dtype).view(shape)
+
+
+def _agree(one: Callable[[], Any], other: Callable[[], Any]) -> bool:
     try:
-        query = torch.arange(5 * 4 * 64, **options).sin().to(like.dtype).view(1, 5, 4, 64)
-        key = torch.arange(5 * 2 * 64, **options).cos().to(like.dtype).view(1, 5, 2, 64)
-        cos = torch.arange(5 * 64, **options).sin().to(like.dtype).view(1, 5, 64)
-        asked = (query.transpose(1, 2), key.transpose(1, 2), cos, cos.roll(7, 2))
-        for one, other in zip(rotate(*asked), own(*asked), strict=True):
-            if not _is_close(one, other):
-                return "it computes something else"
-    except Exception as error:  # a model's own code, and a compiler
-        return f"{type(error).__name__}: {error}".splitlines()[0]
-    return None
-
-
-def _is_close(one: torch.Tensor, other: torch.Tensor) -> bool:
-    tolerance = 1e-5 if one.dtype == torch.float32 else 2e-2
-    return bool(torch.allclose(one.float(), other.float(), rtol=tolerance, atol=tolerance))
+        with torch.inference_mode():
+            torch.testing.assert_close(one(), other(), rtol=2e-2, atol=2e-2)
+    except Exception:  # other numbers, or a model's own code that wants to be asked otherwise
+        return False
+    return True

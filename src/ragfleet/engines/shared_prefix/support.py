@@ -203,7 +203,7 @@ def ready(model: Any, way: Way, max_model_len: int | None, chooser: TokenChooser
     check_config(model, way)
     prompts = probe_prompts(model.get_input_embeddings().weight.shape[0])
     expected = plain_logits(model, prompts)
-    forward = Forward(model, pack=way.packs_weights, rotate=way.rotate)
+    forward = Forward(model, pack=way.packs_weights, fused=way.fused)
     try:
         self_check(way, forward, Shape.of(model), prompts, expected, max_model_len, chooser)
     except Unsupported:

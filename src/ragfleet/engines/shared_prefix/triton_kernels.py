@@ -1,8 +1,8 @@
 """What torch has no fused kernel for on CUDA, in Triton, which torch's builds for CUDA bring along.
 
 Owns the attention of decoding rows over their own keys, merged with what they found in shared
-ranges, and the rotation of queries and keys. Imported only where there is CUDA: see
-`why_not_triton`.
+ranges, and what `fused_layers` puts in the place of a model's own operations. Imported by `ways`
+alone, where there is CUDA.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from ragfleet.engines.shared_prefix.varlen import (
 
 BLOCK_KEYS: Final = 64
 """Read at once by a block of `attend_rows`: a row's own keys are few."""
+BLOCK_GATED: Final = 1024
 LEAST_QUERIES: Final = 16
 """Of a product on tensor cores; a group's heads are fewer, the rest is padding."""
 
@@ -149,33 +150,30 @@ def _rows_kernel(  # type: ignore[no-untyped-def]
 def rotate(
     query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rotary positions, halves against each other, rounded where transformers' own operations
-    round: the same bits. query [1, heads, tokens, dim] and key [1, kv_heads, tokens, dim] of any
-    strides but the last, cos and sin [1, tokens, dim]; results have tokens before heads in memory.
-    """
-    num_tokens, dim = query.shape[2:]
-    rotated = [
-        states.new_empty((1, num_tokens, states.shape[1], dim)).transpose(1, 2)
-        for states in (query, key)
-    ]
-    for states, out in zip((query, key), rotated, strict=True):
-        heads = states.shape[1]
-        _rotate_kernel[(num_tokens,)](
-            states,
-            cos,
-            sin,
-            out,
-            states.stride(2),
-            states.stride(1),
-            cos.stride(1),
-            sin.stride(1),
-            HEADS=heads,
-            HALF=dim // 2,
-            BLOCK_HEADS=triton.next_power_of_2(heads),
-            BLOCK_HALF=triton.next_power_of_2(dim // 2),
-            num_warps=4,
-        )
-    return rotated[0], rotated[1]
+    """See `fused_layers.Fused`: any strides but the last; results have tokens before heads in
+    memory. Rounded once, where transformers' own operations round each product too."""
+    return _rotated(query, cos, sin), _rotated(key, cos, sin)
+
+
+def _rotated(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    _, num_heads, num_tokens, dim = states.shape
+    out = states.new_empty((1, num_tokens, num_heads, dim))
+    _rotate_kernel[(num_tokens,)](
+        states,
+        cos,
+        sin,
+        out,
+        states.stride(2),
+        states.stride(1),
+        cos.stride(1),
+        sin.stride(1),
+        HEADS=num_heads,
+        HALF=dim // 2,
+        BLOCK_HEADS=triton.next_power_of_2(num_heads),
+        BLOCK_HALF=triton.next_power_of_2(dim // 2),
+        num_warps=4,
+    )
+    return out.transpose(1, 2)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -199,23 +197,38 @@ def _rotate_kernel(  # type: ignore[no-untyped-def]
     is_dim = dims < HALF
     mask = (heads < HEADS) & is_dim
     at = states + token * by_token + heads * by_head + dims
-    first = tl.load(at, mask=mask, other=0.0)
-    second = tl.load(at + HALF, mask=mask, other=0.0)
-    kind = first.dtype
+    first = tl.load(at, mask=mask, other=0.0).to(tl.float32)
+    second = tl.load(at + HALF, mask=mask, other=0.0).to(tl.float32)
     at_cos = cos + token * cos_by_token + dims
     at_sin = sin + token * sin_by_token + dims
-    cos_1 = tl.load(at_cos, mask=is_dim, other=0.0).to(tl.float32)
-    cos_2 = tl.load(at_cos + HALF, mask=is_dim, other=0.0).to(tl.float32)
-    sin_1 = tl.load(at_sin, mask=is_dim, other=0.0).to(tl.float32)
-    sin_2 = tl.load(at_sin + HALF, mask=is_dim, other=0.0).to(tl.float32)
-    one = first.to(tl.float32)
-    two = second.to(tl.float32)
-    # Each product is rounded before the sum, as separate operations do.
-    new_1 = (one * cos_1).to(kind).to(tl.float32) - (two * sin_1).to(kind).to(tl.float32)
-    new_2 = (two * cos_2).to(kind).to(tl.float32) + (one * sin_2).to(kind).to(tl.float32)
+    first_cos = tl.load(at_cos, mask=is_dim, other=0.0).to(tl.float32)
+    second_cos = tl.load(at_cos + HALF, mask=is_dim, other=0.0).to(tl.float32)
+    first_sin = tl.load(at_sin, mask=is_dim, other=0.0).to(tl.float32)
+    second_sin = tl.load(at_sin + HALF, mask=is_dim, other=0.0).to(tl.float32)
+    kind = out.dtype.element_ty
     to = out + (token * HEADS + heads) * (2 * HALF) + dims
-    tl.store(to, new_1.to(kind), mask=mask)
-    tl.store(to + HALF, new_2.to(kind), mask=mask)
+    tl.store(to, (first * first_cos - second * first_sin).to(kind), mask=mask)
+    tl.store(to + HALF, (second * second_cos + first * second_sin).to(kind), mask=mask)
+
+
+def gated(both: torch.Tensor) -> torch.Tensor:
+    """See `fused_layers.Fused`."""
+    size = both.shape[-1] // 2
+    out = both.new_empty((*both.shape[:-1], size))
+    grid = (out.numel() // size, triton.cdiv(size, BLOCK_GATED))
+    _gated_kernel[grid](both.contiguous(), out, size, BLOCK=BLOCK_GATED, num_warps=4)
+    return out
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _gated_kernel(both, out, size, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = at < size
+    gate = tl.load(both + row * 2 * size + at, mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(both + row * 2 * size + size + at, mask=mask, other=0.0).to(tl.float32)
+    found = gate / (1 + tl.exp(-gate)) * up
+    tl.store(out + row * size + at, found.to(out.dtype.element_ty), mask=mask)
 
 
 def try_rows(dtype: torch.dtype, head_dim: int, device: torch.device) -> None:

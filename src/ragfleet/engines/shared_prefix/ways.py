@@ -25,7 +25,7 @@ from ragfleet.engines.shared_prefix.cache import (
 )
 from ragfleet.engines.shared_prefix.decoder import Capture, Decoder, eagerly
 from ragfleet.engines.shared_prefix.forward import Forward, Readable
-from ragfleet.engines.shared_prefix.fused_layers import Rotate
+from ragfleet.engines.shared_prefix.fused_layers import Fused
 from ragfleet.engines.shared_prefix.graphs import Graphs
 from ragfleet.engines.shared_prefix.passes import TensorPass
 from ragfleet.engines.shared_prefix.scheduler import Limits, Pass
@@ -43,8 +43,9 @@ NUM_SLOTS: Final = 64
 no longer by reading the weights."""
 PASS_TOKENS: Final = 512
 """Of a pass: matrix products gain nothing from more, and what lies between them stays in caches."""
-GPU_SLOTS: Final = 256
-"""A step of so many reads the weights about as long as it computes."""
+GPU_SLOTS: Final = 512
+"""A step of so many computes longer than it reads the weights, and a small model's long enough to
+be worth what the host does for it."""
 GPU_PASS_TOKENS: Final = 4096
 """So many are bound by arithmetic on any GPU, and what lies between layers stays small."""
 GPU_LEAST_FREE_SHARE: Final = 0.125
@@ -96,7 +97,7 @@ class Way:
     begin: Callable[[], list[str]]
     """Settings of the process for this way; lines for the log of what could not be set."""
     packs_weights: bool
-    rotate: Rotate | None = None
+    fused: Fused | None = None
     """See `Forward`."""
     num_slots: int
     """Decoded together unless --batch_size says otherwise."""
@@ -120,7 +121,7 @@ def varlen_way(
     kernels: Kernels,
     capture: Capture,
     begin: Callable[[], list[str]] = lambda: [],
-    rotate: Rotate | None = None,
+    fused: Fused | None = None,
 ) -> Way:
     """Many ranges in one call of a kernel. On any device: tests have it on the CPU."""
     return Way(
@@ -131,7 +132,7 @@ def varlen_way(
         default_budget=_part_of_gpu,
         begin=begin,
         packs_weights=False,
-        rotate=rotate,
+        fused=fused,
         num_slots=GPU_SLOTS,
         pass_tokens=GPU_PASS_TOKENS,
         least_free_share=GPU_LEAST_FREE_SHARE,
@@ -147,24 +148,25 @@ def _cuda(shape: Shape) -> Way:
     if reason is not None:
         raise Unsupported(f"the fused attention is missing, or not as it is used here: {reason}")
     graphs = Graphs()
-    kernels, rotate, why_not_triton = _with_triton(shape)
+    kernels, fused, why_not_triton = _with_triton(shape)
 
     def begin() -> list[str]:
         why_not = {"Triton": why_not_triton, "CUDA graphs": graphs.why_not}
         return [f"decoding goes without {what}: {why}" for what, why in why_not.items() if why]
 
-    return varlen_way(kernels, graphs.capture, begin, rotate)
+    return varlen_way(kernels, graphs.capture, begin, fused)
 
 
-def _with_triton(shape: Shape) -> tuple[Kernels, Rotate | None, str | None]:
-    """(kernels, rotation, None), or what there is without Triton, and why it can't be used."""
+def _with_triton(shape: Shape) -> tuple[Kernels, Fused | None, str | None]:
+    """(kernels, those for layers, None), or what there is without Triton, and why."""
     try:
         from ragfleet.engines.shared_prefix import triton_kernels
 
         triton_kernels.try_rows(shape.dtype, shape.head_dim, shape.device)
     except Exception as error:  # no Triton, no compiler for what it makes, or other numbers
         return Kernels(flash_varlen), None, f"{type(error).__name__}: {error}".splitlines()[0]
-    return Kernels(flash_varlen, triton_kernels.attend_rows), triton_kernels.rotate, None
+    fused = Fused(triton_kernels.rotate, triton_kernels.gated)
+    return Kernels(flash_varlen, triton_kernels.attend_rows), fused, None
 
 
 def _part_of_gpu(shape: Shape, spec: EngineSpec, sizes: Mapping[str, Any]) -> int:

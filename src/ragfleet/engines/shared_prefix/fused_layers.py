@@ -21,6 +21,8 @@ from torch.nn import functional
 
 ROTATION: Final = "apply_rotary_pos_emb"
 """What transformers calls it, in the Python module of each model."""
+TOLERANCE: Final = 0.02
+"""Of the whole. Rounding in bf16 makes 0.005."""
 Forward = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -101,6 +103,7 @@ class FusedLayers:
             return out
 
         x = _numbers((1, 3, gate.in_features), gate.weight)
+        x = x * (3 / gate(x).float().std())  # activations are alike near 0
         if not _agree(partial(by_parts, x), partial(module, x)):
             return []
         joined = _Joined(linears)
@@ -215,9 +218,14 @@ def _numbers(shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
 
 
 def _agree(one: Callable[[], Any], other: Callable[[], Any]) -> bool:
+    """Whether they give the same tensor, or the same few, up to the rounding of half precision."""
     try:
         with torch.inference_mode():
-            torch.testing.assert_close(one(), other(), rtol=2e-2, atol=2e-2)
-    except Exception:  # other numbers, or a model's own code that wants to be asked otherwise
+            found, wanted = one(), other()
+            pairs = [(found, wanted)] if torch.is_tensor(found) else zip(found, wanted, strict=True)
+            return all(
+                a.dtype == b.dtype and float((a - b).norm()) <= TOLERANCE * float(b.norm())
+                for a, b in pairs
+            )
+    except Exception:  # a model's own code that wants to be asked otherwise
         return False
-    return True

@@ -53,7 +53,7 @@ import transformers
 from gpu_arms import Host, Naive, Ours, Static, make_model, measure_machine
 from gpu_check import check, profile
 from gpu_continuous import Continuous
-from gpu_report import add_to, announce, recap, report
+from gpu_report import AIM_SHARE, add_to, announce, recap, report
 from gpu_trials import Answers, Arm, Trial, measure, ratio
 from gpu_work import SIZES, Cell, make_requests
 from ragfleet.engines.shared_prefix.loop import Unsupported
@@ -63,7 +63,7 @@ Done = tuple[Cell, dict[str, Any], dict[str, tuple[list[float], Answers]]]
 """A cell, what was kept of it, and each arm's times and answers."""
 GRACE_S: Final = 45
 """A size that takes so much longer than it may is ended: an arm hangs."""
-VLLM_PART: Final = 0.4
+VLLM_PART: Final = 0.35
 """Of the time, where vLLM is asked for: it compiles and captures for minutes."""
 
 
@@ -117,8 +117,8 @@ def run_size(args: argparse.Namespace, name: str) -> None:
 
 def part_of(until_s: float, cells: Sequence[Cell]) -> float:
     """Until when the first of `cells` may run, where all have until `until_s`. A longer context
-    gets more, though not as much more as it needs."""
-    costs = [1 + cell.context_tokens / 4096 for cell in cells]
+    gets more, though not as much more as it needs, and so do those that the aims are about."""
+    costs = [(1 + cell.context_tokens / 4096) * (1 + (cell.share == AIM_SHARE)) for cell in cells]
     now_s = time.monotonic()
     return now_s + (until_s - now_s) * costs[0] / sum(costs)
 

@@ -266,7 +266,7 @@ class OnHost:
 class Naive(OnHost):
     """`generate`, one by one."""
 
-    name, least, weight = "naive", 1, 1.5
+    name, least, weight = "naive", 1, 1.0
 
     def group(self, share: int) -> int:
         return 1
@@ -292,7 +292,7 @@ class Naive(OnHost):
 class Static(OnHost):
     """The package's plain batches of like lengths."""
 
-    name, weight = "static", 1.5
+    name, weight = "static", 1.0
 
     def __init__(self, host: Host) -> None:
         super().__init__(host)
@@ -317,7 +317,7 @@ class Ours(OnHost):
         self.read_tokens = 0
         """Prompt tokens that the last run computed."""
         self.name = "ours" if shares else "unshared"
-        self.weight = 4.0 if shares else 2.0
+        self.weight = 2.5 if shares else 2.0
         assert host.loop is not None
         self.least = min(16, host.loop.batch_size)
 

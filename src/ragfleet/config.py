@@ -105,8 +105,9 @@ class RunConfig:
     """Most requests generated together by one worker (empty: where prefixes are shared 64 on CPU
     and 512 on a GPU, else 8 and 32; vllm: its own default)."""
     prefix_sharing: PrefixSharing = "auto"
-    """transformers only. auto: what prompts share is read once, where that is proved right (CPU,
-    full-attention decoders); on: also on a GPU, where nobody has run it yet; off: plain batches."""
+    """transformers only. auto: what prompts share is read once, where that is proved right for the
+    model at the start (full-attention decoders), else plain batches; on: or the run ends; off:
+    plain batches."""
     kv_cache_bytes: int | None = None
     """Most memory per worker for keys and values where prefixes are shared (empty: by the machine's
     memory)."""

@@ -460,15 +460,20 @@ def spec(prefix_sharing: Any) -> EngineSpec:
     )
 
 
-def test_on_a_gpu_it_is_for_those_who_ask(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_without_the_fused_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     shape = Shape(2, 2, 16, torch.bfloat16, torch.device("cuda"))
     monkeypatch.setattr(Shape, "of", lambda model: shape)
     monkeypatch.setattr(ways, "why_not_flash", lambda *_: "no such operation")
     nothing: Any = None
-    with pytest.raises(ways.Unsupported, match="--prefix_sharing on tries it"):
-        loop_module.make_loop(spec("auto"), nothing, nothing, (), None, nothing, nothing)
     with pytest.raises(ways.Unsupported, match="as it is used here: no such operation"):
-        loop_module.make_loop(spec("on"), nothing, nothing, (), None, nothing, nothing)
+        loop_module.make_loop(spec("auto"), nothing, nothing, (), None, nothing, nothing)
+
+
+def test_on_is_not_to_be_had_by_halves(start: Make, tmp_path: Path) -> None:
+    model = make_model(tmp_path / "m", "--arch", "mistral", "--sliding_window", "64")
+    assert "sliding window of 64" in str(start(model_dir=model).start().degraded)
+    with pytest.raises(ModelError, match=r"sliding window of 64.*auto would take plain batches"):
+        start(model_dir=model, prefix_sharing="on")
 
 
 def test_devices_without_a_way() -> None:

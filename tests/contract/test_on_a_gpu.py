@@ -176,5 +176,5 @@ def test_a_tensor_left_on_the_host(
 
     monkeypatch.setattr(varlen_pass, "_part_of", left)
     with pretended_gpu(monkeypatch):
-        engine = start(model_dir=narrow, num_gpus=1, prefix_sharing="on", precision="bf16")
+        engine = start(model_dir=narrow, num_gpus=1, precision="bf16")
         assert "same device" in str(engine.start().degraded)

@@ -110,8 +110,12 @@ class TransformersEngine:
                 self._on_tokens,
             )
         except Unsupported as error:
+            self._check_device(error)
             if self._spec.prefix_sharing == "on":
-                self._check_device(error)
+                raise ModelError(
+                    f"--prefix_sharing on: {self._spec.model_dir} can't share prefixes here:"
+                    f" {error}; auto would take plain batches."
+                ) from error
             degraded = f"plain batches, in which prompts share nothing: {error}"
             notes.append(degraded)
             return plain, degraded
@@ -124,7 +128,7 @@ class TransformersEngine:
             torch.zeros(1, device=self._model.device).item()
         except RuntimeError as error:
             raise ModelError(
-                f"the GPU failed while --prefix_sharing on was tried ({reason}): {error};"
+                f"the GPU failed while prefix sharing was tried ({reason}): {error};"
                 " start again with --prefix_sharing off."
             ) from error
 

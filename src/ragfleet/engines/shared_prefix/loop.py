@@ -266,8 +266,6 @@ def make_loop(
 ) -> SharedPrefixLoop:
     """Raises Unsupported, `model` being as it was; ModelError: --kv_cache_bytes is too small."""
     shape = Shape.of(model)
-    if shape.device.type != "cpu" and spec.prefix_sharing != "on":
-        raise Unsupported("it has not been proved on GPUs yet; --prefix_sharing on tries it")
     way = way_of(shape)
     forward = ready(model, way, max_model_len, TokenChooser(spec.sampling))
     sizes: Any = {

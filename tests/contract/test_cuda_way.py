@@ -29,7 +29,7 @@ from ragfleet.engines.protocol import (
     PromptSettings,
     SamplingParams,
 )
-from ragfleet.engines.shared_prefix import decoder, support, varlen, varlen_pass, ways
+from ragfleet.engines.shared_prefix import decoder, support, varlen_pass, ways
 from ragfleet.engines.shared_prefix import loop as loop_module
 from ragfleet.engines.shared_prefix.cache import Shape, limits_within
 from ragfleet.engines.shared_prefix.decoder import BURST_STEPS, Decoder, Step
@@ -38,12 +38,12 @@ from ragfleet.engines.shared_prefix.scheduler import Limits, Range, Run
 from ragfleet.engines.shared_prefix.varlen import (
     Kernels,
     Ranges,
+    attend_levels,
     flash_varlen,
-    merge_levels,
     plain_varlen,
 )
 from ragfleet.engines.shared_prefix.varlen_cache import VarlenCache
-from ragfleet.engines.shared_prefix.varlen_pass import in_blocks, level_reads
+from ragfleet.engines.shared_prefix.varlen_pass import absent_in, in_blocks, level_reads
 from ragfleet.errors import ModelError
 
 CPU = torch.device("cpu")
@@ -372,12 +372,13 @@ def test_a_capture_that_fails_leaves_the_stream(monkeypatch: pytest.MonkeyPatch)
 # ---- when it is not right
 
 
-def merge_carelessly(outs: Any, lses: Any, absent: Any, other: Any) -> Any:
-    return merge_levels(outs, torch.zeros_like(lses), absent, other)
+def scores_forgotten(*args: Any) -> Any:
+    outs, lses = attend_levels(*args)
+    return outs, torch.zeros_like(lses)
 
 
-def absence_ignored(outs: Any, lses: Any, absent: Any, other: Any) -> Any:
-    return merge_levels(outs, lses, torch.zeros_like(absent), other)
+def absence_ignored(levels: Any) -> Any:
+    return [[False] * len(of_level) for of_level in absent_in(levels)]
 
 
 def copies_unresolved(runs: Sequence[Run], cache: VarlenCache) -> Any:
@@ -417,8 +418,8 @@ step = decoder._Bucket._step
 @pytest.mark.parametrize(
     ("owner", "name", "mistaken"),
     [
-        (varlen, "merge_levels", merge_carelessly),
-        (varlen, "merge_levels", absence_ignored),
+        (varlen_pass, "attend_levels", scores_forgotten),
+        (varlen_pass, "absent_in", absence_ignored),
         (varlen_pass, "_copies_of", copies_unresolved),
         (VarlenCache, "place", offsets_shifted),
         (decoder._Bucket, "_step", lengths_not_advanced),

@@ -131,8 +131,129 @@ def _rows_kernel(  # type: ignore[no-untyped-def]
         found = found * kept[:, None] + tl.dot(probs.to(v.dtype), v, input_precision="ieee")
         total = total * kept + tl.sum(probs, 1)
         top = higher
+    found, total = _with_levels(
+        found,
+        total,
+        top,
+        outs,
+        lses,
+        absent,
+        row,
+        head,
+        num_tokens,
+        num_levels,
+        lse_head,
+        KV_HEADS,
+        GROUP,
+        DIM,
+        BLOCK_GROUP,
+        BLOCK_DIM,
+    )
+    written = out + (row * KV_HEADS * GROUP + head * GROUP + heads)[:, None] * DIM + dims[None, :]
+    tl.store(written, (found / total[:, None]).to(out.dtype.element_ty), mask=is_both)
+
+
+def merge(shared: Levels, own: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    """`varlen.merge_levels`, in one go."""
+    found, lse = own
+    num_tokens, num_heads, dim = found.shape
+    kv_heads = shared.outs.shape[3]
+    out = torch.empty_like(found)
+    _merge_kernel[num_tokens, kv_heads](
+        found,
+        lse,
+        *shared,
+        out,
+        num_tokens,
+        len(shared.outs),
+        lse.stride(0),
+        shared.lses.stride(0),
+        KV_HEADS=kv_heads,
+        GROUP=num_heads // kv_heads,
+        DIM=dim,
+        BLOCK_GROUP=triton.next_power_of_2(num_heads // kv_heads),
+        BLOCK_DIM=triton.next_power_of_2(dim),
+        num_warps=1,
+    )
+    return out
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _merge_kernel(  # type: ignore[no-untyped-def]
+    own,
+    own_lse,
+    outs,
+    lses,
+    absent,
+    out,
+    num_tokens,
+    num_levels,
+    own_lse_head,
+    lse_head,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    DIM: tl.constexpr,
+    BLOCK_GROUP: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+):
+    row = tl.program_id(0)
+    head = tl.program_id(1)
+    heads = tl.arange(0, BLOCK_GROUP)
+    dims = tl.arange(0, BLOCK_DIM)
+    is_head = heads < GROUP
+    is_both = is_head[:, None] & (dims < DIM)[None, :]
+    place = (row * KV_HEADS * GROUP + head * GROUP + heads)[:, None] * DIM + dims[None, :]
+    found = tl.load(own + place, mask=is_both, other=0.0).to(tl.float32)
+    at = own_lse + (head * GROUP + heads).to(tl.int64) * own_lse_head + row
+    top = tl.load(at, mask=is_head, other=0.0)
+    found, total = _with_levels(
+        found,
+        tl.full([BLOCK_GROUP], 1.0, tl.float32),
+        top,
+        outs,
+        lses,
+        absent,
+        row,
+        head,
+        num_tokens,
+        num_levels,
+        lse_head,
+        KV_HEADS,
+        GROUP,
+        DIM,
+        BLOCK_GROUP,
+        BLOCK_DIM,
+    )
+    tl.store(out + place, (found / total[:, None]).to(out.dtype.element_ty), mask=is_both)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _with_levels(  # type: ignore[no-untyped-def]
+    found,
+    total,
+    top,
+    outs,
+    lses,
+    absent,
+    row,
+    head,
+    num_tokens,
+    num_levels,
+    lse_head,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    DIM: tl.constexpr,
+    BLOCK_GROUP: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+):
+    """`found` is what was found so far times `total`, the sum of exponentials relative to `top`;
+    each level is one more key whose score is its log-sum-exp."""
+    heads = tl.arange(0, BLOCK_GROUP)
+    dims = tl.arange(0, BLOCK_DIM)
+    is_head = heads < GROUP
+    is_both = is_head[:, None] & (dims < DIM)[None, :]
     for level in range(num_levels):
-        token = level * num_tokens + row
+        token = (level * num_tokens + row).to(tl.int64)
         if tl.load(absent + token) == 0:
             lse = tl.load(lses + head * lse_head + token * GROUP + heads, mask=is_head, other=0.0)
             at_level = outs + ((token * GROUP + heads)[:, None] * KV_HEADS + head) * DIM
@@ -143,8 +264,7 @@ def _rows_kernel(  # type: ignore[no-untyped-def]
             found = found * kept[:, None] + part * weight[:, None]
             total = total * kept + weight
             top = higher
-    written = out + (row * KV_HEADS * GROUP + head * GROUP + heads)[:, None] * DIM + dims[None, :]
-    tl.store(written, (found / total[:, None]).to(out.dtype.element_ty), mask=is_both)
+    return found, total
 
 
 def rotate(
@@ -232,7 +352,7 @@ def _gated_kernel(both, out, size, BLOCK: tl.constexpr):  # type: ignore[no-unty
 
 
 def try_rows(dtype: torch.dtype, head_dim: int, device: torch.device) -> None:
-    """Raises AssertionError unless `attend_rows` gives what plain operations do."""
+    """Raises AssertionError unless `attend_rows` and `merge` give what plain operations do."""
     tokens, group, kv_heads, places = 5, 3, 2, 400
     numbers = torch.arange(2 * places * kv_heads * head_dim, device=device).cos()
     key, value = numbers.view(2, places, kv_heads, head_dim)
@@ -245,12 +365,13 @@ def try_rows(dtype: torch.dtype, head_dim: int, device: torch.device) -> None:
     levels = Ranges.of(asked, device)
     absent = torch.tensor([[False, False, True, True, True], [False] * 5], device=device)
     low, keys, values = (one.to(dtype) for one in (query, key, value))
-    for with_levels in (False, True):
-        wanted, wanted_lse = plain_varlen(query, key, value, own, 0.2)
-        shared = None
-        if with_levels:
-            found = attend_levels(plain_varlen, query, key, value, levels, 2, 0.2)
-            wanted = merge_levels(*found, absent, (wanted, wanted_lse))
-            shared = Levels(found[0].to(dtype), found[1], absent)
-        found_rows = attend_rows(low, keys, values, own, shared, 0.2)
-        torch.testing.assert_close(found_rows.float(), wanted, rtol=2e-2, atol=2e-2)
+    wanted = plain_varlen(query, key, value, own, 0.2)
+    exact = attend_levels(plain_varlen, query, key, value, levels, 2, 0.2)
+    shared = Levels(exact[0].to(dtype), exact[1], absent)
+    merged = merge_levels(Levels(*exact, absent), wanted)
+    for found, right in (
+        (attend_rows(low, keys, values, own, None, 0.2), wanted[0]),
+        (attend_rows(low, keys, values, own, shared, 0.2), merged),
+        (merge(shared, (wanted[0].to(dtype), wanted[1])), merged),
+    ):
+        torch.testing.assert_close(found.float(), right, rtol=2e-2, atol=2e-2)

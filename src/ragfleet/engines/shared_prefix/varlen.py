@@ -143,23 +143,27 @@ def attend_levels(
     )
 
 
-def merge_levels(
-    outs: torch.Tensor,
-    lses: torch.Tensor,
-    absent: torch.Tensor,
-    other: tuple[torch.Tensor, torch.Tensor],
-) -> torch.Tensor:
-    """What tokens found in each level, as `attend_levels` gives it, and elsewhere, as if all keys
-    had been one range's: [tokens, heads, dim]. `absent` [levels, tokens] bool: nothing stands there
-    for them. `other`: outputs [tokens, heads, dim] and log-sums [heads, tokens].
-    """
+class Levels(NamedTuple):
+    """What tokens found in shared ranges, level by level."""
+
+    outs: torch.Tensor
+    lses: torch.Tensor
+    """See `attend_levels`."""
+    absent: torch.Tensor
+    """[levels, tokens] bool: nothing stands there for them."""
+
+
+def merge_levels(shared: Levels, own: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    """What tokens found in shared ranges and in their own, as if all keys had been one range's:
+    [tokens, heads, dim]. `own`: outputs [tokens, heads, dim] and log-sums [heads, tokens]."""
+    outs, lses, absent = shared
     _, num_tokens, group, kv_heads, dim = outs.shape
-    other_lse = other[1].view(kv_heads, group, num_tokens).transpose(1, 2)
+    own_lse = own[1].view(kv_heads, group, num_tokens).transpose(1, 2)
     lses = lses.masked_fill(absent[..., None], -torch.inf)
-    lses = torch.cat((lses, other_lse[:, None]), dim=1)
+    lses = torch.cat((lses, own_lse[:, None]), dim=1)
     # [levels, tokens, group, kv_heads, 1], fp32
     weights = torch.softmax(lses, dim=1).permute(1, 2, 3, 0)[..., None]
-    merged = other[0].unflatten(1, (kv_heads, group)).transpose(1, 2) * weights[-1]
+    merged = own[0].unflatten(1, (kv_heads, group)).transpose(1, 2) * weights[-1]
     for part, weight in zip(outs, weights[:-1], strict=True):  # all at once would be large
         merged += part * weight
     out = outs.new_empty((num_tokens, kv_heads, group, dim))
@@ -167,41 +171,21 @@ def merge_levels(
     return out.flatten(1, 2)
 
 
-class Levels(NamedTuple):
-    """What tokens found in shared ranges: see `merge_levels`."""
-
-    outs: torch.Tensor
-    lses: torch.Tensor
-    absent: torch.Tensor
-
-
 Rows = Callable[
     [torch.Tensor, torch.Tensor, torch.Tensor, Ranges, Levels | None, float], torch.Tensor
 ]
-"""`attend_own` without its kernel, for rows: each range is asked by one token, and has keys."""
+"""query, key and value as for a `Kernel`, over ranges with keys that are asked by one token each,
+merged with what they found elsewhere: outputs [tokens, heads, dim]."""
 
 
 @dataclass(frozen=True, slots=True)
 class Kernels:
-    """Of a device."""
+    """Of a device. `merge`: see `merge_levels`."""
 
     ranges: Kernel
     rows: Rows | None = None
     """None: rows take that for ranges."""
-
-
-def attend_own(
-    kernel: Kernel,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    own: Ranges,
-    shared: Levels | None,
-    scaling: float,
-) -> torch.Tensor:
-    """Over each token's own range, merged with `shared`: [tokens, heads, dim]."""
-    found = kernel(query, key, value, own, scaling)
-    return found[0] if shared is None else merge_levels(*shared, found)
+    merge: Callable[[Levels, tuple[torch.Tensor, torch.Tensor]], torch.Tensor] = merge_levels
 
 
 def why_not_flash(dtype: torch.dtype, head_dim: int, device: torch.device) -> str | None:

@@ -21,7 +21,6 @@ from ragfleet.engines.shared_prefix.varlen import (
     Levels,
     Ranges,
     attend_levels,
-    attend_own,
 )
 from ragfleet.engines.shared_prefix.varlen_cache import VarlenCache
 
@@ -41,7 +40,7 @@ class Part:
     levels: Ranges | None
     """See `varlen.attend_levels`. None: they see nothing but their own."""
     absent: torch.Tensor
-    """[levels, tokens]: see `varlen.merge_levels`."""
+    """[levels, tokens]: see `varlen.Levels`."""
 
 
 class VarlenPass:
@@ -99,14 +98,16 @@ class VarlenPass:
         part: Part,
         scaling: float,
     ) -> torch.Tensor:
-        kernel, shared = self._kernels.ranges, None
+        kernels, shared = self._kernels, None
         if part.levels is not None:
-            num_levels = len(part.absent)
-            found = attend_levels(kernel, query, keys, values, part.levels, num_levels, scaling)
+            found = attend_levels(
+                kernels.ranges, query, keys, values, part.levels, len(part.absent), scaling
+            )
             shared = Levels(*found, part.absent)
-        if part.are_rows and self._kernels.rows is not None:
-            return self._kernels.rows(query, keys, values, part.own, shared, scaling)
-        return attend_own(kernel, query, keys, values, part.own, shared, scaling)
+        if part.are_rows and kernels.rows is not None:
+            return kernels.rows(query, keys, values, part.own, shared, scaling)
+        own = kernels.ranges(query, keys, values, part.own, scaling)
+        return own[0] if shared is None else kernels.merge(shared, own)
 
 
 def packed_pass(
@@ -202,7 +203,7 @@ def asked_in(levels: Sequence[Sequence[Read]], group: int) -> list[tuple[int, in
 
 
 def absent_in(levels: Sequence[Sequence[Read]]) -> list[list[bool]]:
-    """[levels, tokens]: see `varlen.merge_levels`."""
+    """[levels, tokens]: see `varlen.Levels`."""
     return [
         [not range_.length for start, stop, range_ in reads for _ in range(start, stop)]
         for reads in levels

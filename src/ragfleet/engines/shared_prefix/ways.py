@@ -166,7 +166,7 @@ def _with_triton(shape: Shape) -> tuple[Kernels, Fused | None, str | None]:
     except Exception as error:  # no Triton, no compiler for what it makes, or other numbers
         return Kernels(flash_varlen), None, f"{type(error).__name__}: {error}".splitlines()[0]
     fused = Fused(triton_kernels.rotate, triton_kernels.gated)
-    return Kernels(flash_varlen, triton_kernels.attend_rows), fused, None
+    return Kernels(flash_varlen, triton_kernels.attend_rows, triton_kernels.merge), fused, None
 
 
 def _part_of_gpu(shape: Shape, spec: EngineSpec, sizes: Mapping[str, Any]) -> int:

@@ -120,7 +120,7 @@ def test_levels_and_own_parts_merge_to_the_whole(num_levels: int, is_a_level: bo
         other = plain_varlen(query, key, value, asked, 0.3)
     in_levels = Ranges.of(asked_in(levels, 3), CPU)
     outs, lses = attend_levels(plain_varlen, query, key, value, in_levels, len(levels), 0.3)
-    merged = merge_levels(outs, lses, torch.tensor(absent_in(levels)), other)
+    merged = merge_levels(outs, lses, torch.tensor(absent_in(levels, len(query))), other)
     for index in range(5):
         seen = [*range(30 + index, 32 + index)]
         for start, stop, range_ in (read for level in levels[:num_levels] for read in level):

@@ -9,7 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
+from operator import itemgetter
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from ragfleet.engines.shared_prefix.attention import Probing, unchecked
@@ -27,6 +31,7 @@ from ragfleet.engines.shared_prefix.varlen_cache import VarlenCache
 Piece = tuple[int, int, Sequence[Range]]
 """(first, one past last) token, and the nodes that they see."""
 _NOTHING = Range(0, 0)
+_nodes = itemgetter(2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,7 +194,7 @@ def _part_of(views: Sequence[View], cache: VarlenCache, *, are_rows: bool) -> Pa
         num_tokens=at,
         own=None if are_rows else Ranges.of(own, cache.device, causal=True),
         levels=Ranges.of(asked_in(levels, cache.group), cache.device) if levels else None,
-        absent=torch.tensor(absent_in(levels), dtype=torch.bool, device=cache.device),
+        absent=torch.tensor(absent_in(levels, at), device=cache.device),
     )
 
 
@@ -202,23 +207,26 @@ def asked_in(levels: Sequence[Sequence[Read]], group: int) -> list[tuple[int, in
     ]
 
 
-def absent_in(levels: Sequence[Sequence[Read]]) -> list[list[bool]]:
+def absent_in(levels: Sequence[Sequence[Read]], num_tokens: int) -> npt.NDArray[np.bool_]:
     """[levels, tokens]: see `varlen.merge_levels`."""
-    return [
-        [not range_.length for start, stop, range_ in reads for _ in range(start, stop)]
-        for reads in levels
-    ]
+    absent = np.zeros((len(levels), num_tokens), dtype=np.bool_)
+    for of_level, reads in zip(absent, levels, strict=True):
+        for start, stop, range_ in reads:
+            if not range_.length:
+                of_level[start:stop] = True
+    return absent
 
 
 def level_reads(pieces: Sequence[Piece], num_tokens: int) -> list[list[Read]]:
     """Per level of the prefix tree, all tokens in order: neighbours with the same range together,
     and those without one with a range of nothing."""
     levels: list[list[Read]] = []
-    for start, stop, ranges in pieces:
+    for ranges, neighbours in groupby(pieces, key=_nodes):
+        alike = list(neighbours)
         for level, range_ in enumerate(ranges):
             if level == len(levels):
                 levels.append([])
-            _append(levels[level], start, stop, range_)
+            _append(levels[level], alike[0][0], alike[-1][1], range_)
     for reads in levels:
         if reads[-1][1] < num_tokens:
             reads.append((reads[-1][1], num_tokens, _NOTHING))

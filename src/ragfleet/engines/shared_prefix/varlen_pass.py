@@ -129,34 +129,34 @@ def packed_pass(
     rows = scheduled.rows
     in_slots = [run for run in scheduled.runs if run.slot >= 0]
     of_nodes = [run for run in scheduled.runs if run.slot < 0]
+    pieces: list[Row | Run] = [*rows, *in_slots, *of_nodes]
     ids = [last_tokens[row.slot] for row in rows]
-    positions = [row.position for row in rows]
-    logit_rows = list(range(len(rows)))
     for run in (*in_slots, *of_nodes):
         ids += run.token_ids
-        positions += range(run.position, run.position + len(run.token_ids))
-        if run.slot >= 0:
-            logit_rows.append(len(ids) - 1)
-    views = [
+    parts = [
         [_view_of_row(row, cache) for row in rows],
         [_view_of_run(run, cache) for run in in_slots],
         [_view_of_run(run, cache) for run in of_nodes],
     ]
-    ends = [(own.offset + own.length, count) for part in views for count, own, _ in part]
+    # The tokens of a row or a run have consecutive positions and consecutive places.
+    counts = np.array([count for part in parts for count, _, _ in part])
+    stops = counts.cumsum()
+    positions = np.array([piece.position for piece in pieces]) + counts - stops
+    places = np.array([own.offset + own.length for part in parts for _, own, _ in part]) - stops
+    tokens = np.arange(len(ids))
+    num_slots = len(rows) + len(in_slots)
     device = cache.device
     return VarlenPass(
         kernel,
         cache,
-        input_ids=torch.tensor([ids], device=device),
-        position_ids=torch.tensor([positions], device=device),
-        written=torch.tensor(
-            [place for end, count in ends for place in range(end - count, end)], device=device
-        ),
+        input_ids=torch.tensor(np.array([ids]), device=device),
+        position_ids=torch.tensor((tokens + positions.repeat(counts))[None], device=device),
+        written=torch.tensor(tokens + places.repeat(counts), device=device),
         parts=[
-            _part_of(part, cache, are_rows=number == 0) for number, part in enumerate(views) if part
+            _part_of(part, cache, are_rows=number == 0) for number, part in enumerate(parts) if part
         ],
         # Without any, the first: an empty product is not worth a special case in every layer.
-        logit_rows=torch.tensor(logit_rows or [0], device=device),
+        logit_rows=torch.tensor(stops[:num_slots] - 1 if num_slots else [0], device=device),
         slots=[row.slot for row in rows] + [run.slot for run in in_slots],
         copies=_copies_of(in_slots, cache),
         probe=probe,

@@ -12,6 +12,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
+import torch
+
 from ragfleet.engines.batched import BatchedLoop
 from ragfleet.engines.decoding import Row, RowEnder, TokenChooser, not_finite, outcome_of
 from ragfleet.engines.protocol import EngineSpec, Failure, Outcome, Prepared, RequestKey
@@ -32,6 +34,8 @@ MOST_FAILURES: Final = 3
 """So many failed passes, and all further requests take the plain loop."""
 Step = tuple[Sequence[int], Sequence[int]]
 """By slot: a token, and whether its logits were not finite."""
+Found = tuple[Sequence[int], Sequence[Row], Sequence[Step]]
+"""Slots, their rows, and the tokens of each step."""
 
 
 class SharedPrefixLoop:
@@ -170,18 +174,19 @@ class SharedPrefixLoop:
     def _rows_of(self, slots: Sequence[int]) -> list[Row]:
         return [self._rows[self._scheduler.key_of(slot)] for slot in slots]
 
-    def _read(self, scheduled: Pass) -> tuple[list[int], list[Row], list[Step]]:
-        """One forward; slots, their rows, and a token for each."""
+    def _read(self, scheduled: Pass) -> Found:
+        """One forward, and a token for each slot."""
         tensors = self._way.make_pass(scheduled, self._last_tokens, self._cache, None)
         logits = self._forward(tensors)
         self._on_tokens(sum(len(run.token_ids) for run in scheduled.runs))
         if not tensors.slots:
             return [], [], []
         rows = self._rows_of(tensors.slots)
-        tokens = self._chooser.choose(logits, rows).tolist()
-        return tensors.slots, rows, [(tokens, not_finite(logits).tolist())]
+        found = torch.stack((self._chooser.choose(logits, rows), not_finite(logits).long()))
+        tokens, broken = found.tolist()  # one transfer from the device
+        return tensors.slots, rows, [(tokens, broken)]
 
-    def _decode(self, decoder: Decoder, scheduled: Pass) -> tuple[list[int], list[Row], list[Step]]:
+    def _decode(self, decoder: Decoder, scheduled: Pass) -> Found:
         """Several tokens of slots that all decode. Those that are at --max_new_tokens before the
         others drop the rest, as at an end marker, while their slots have room for it."""
         slots = [row.slot for row in scheduled.rows]
@@ -191,8 +196,7 @@ class SharedPrefixLoop:
         is_greedy = self._chooser.is_greedy
         draws = [] if is_greedy else [self._chooser.draw(rows) for _ in range(steps)]
         self._scheduler.advance(steps - 1)
-        found = decoder.decode(scheduled.rows, self._last_tokens, steps, draws)
-        return slots, rows, list(found)
+        return slots, rows, decoder.decode(scheduled.rows, self._last_tokens, steps, draws)
 
     def _room(self, scheduled: Pass) -> int:
         """Tokens that each row can decode without leaving its slot, or the positions that the model

@@ -15,7 +15,6 @@ import math
 import random
 import time
 from collections.abc import Callable, Sequence
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -50,11 +49,8 @@ class Row:
         """Ended by an end marker or a stop string, not by --max_new_tokens."""
         self.broken = False
         """The model's logits were not finite."""
-
-    @cached_property
-    def stream(self) -> random.Random:
-        """Greedy rows never ask for it. A seed of None: the operating system's."""
-        return random.Random(self.prepared.request.seed)
+        seed = prepared.request.seed
+        self.stream = random.Random(seed)  # None: seeded by the operating system
 
 
 class TokenChooser:

@@ -114,8 +114,9 @@ def own_lengths() -> Iterator[None]:
     """Rows of both loops end at their request's `answer_tokens`, as others do at an end marker."""
     take = decoding.RowEnder.take
 
-    def take_and_end(self: Any, row: Any, *rest: Any, **more: Any) -> None:
-        take(self, row, *rest, **more)
+    def take_and_end(self: Any, row: Any, tokens: Any, broken: Any) -> None:
+        left = answer_tokens(row.prepared) - row.num_tokens
+        take(self, row, tokens[:left], broken[:left])
         if row.num_tokens >= answer_tokens(row.prepared):
             row.stopped = row.done = True
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from cuda_way import take_cudas_way
@@ -377,8 +378,8 @@ def scores_forgotten(*args: Any) -> Any:
     return outs, torch.zeros_like(lses)
 
 
-def absence_ignored(levels: Any) -> Any:
-    return [[False] * len(of_level) for of_level in absent_in(levels)]
+def absence_ignored(levels: Any, num_tokens: int) -> Any:
+    return np.zeros_like(absent_in(levels, num_tokens))
 
 
 def copies_unresolved(runs: Sequence[Run], cache: VarlenCache) -> Any:

@@ -115,7 +115,7 @@ def test_levels_and_own_parts_merge_to_the_whole(num_levels: int) -> None:
     levels = levels[:num_levels]
     asked = Ranges.of(asked_in(levels, 3), CPU)
     found = attend_levels(plain_varlen, query, key, value, asked, num_levels, 0.3)
-    shared = Levels(*found, torch.tensor(absent_in(levels)))
+    shared = Levels(*found, torch.tensor(absent_in(levels, len(query))))
     merged = merge_levels(shared, plain_varlen(query, key, value, own, 0.3))
     for index in range(5):
         seen = [*range(30 + index, 32 + index)]

@@ -103,7 +103,7 @@ def not_finite(scores: torch.Tensor) -> torch.Tensor:
 
 
 class RowEnder:
-    """Takes a row's next token and says whether the row is done."""
+    """Takes a row's next tokens and says whether the row is done."""
 
     def __init__(
         self,
@@ -119,21 +119,26 @@ class RowEnder:
         self._window = max((len(stop.encode()) for stop in stops), default=0) + 4
         self._aborted = aborted
 
-    def take(self, row: Row, token: int, broken: bool) -> None:
-        row.num_tokens += 1
-        row.broken = broken
+    def take(self, row: Row, tokens: Sequence[int], broken: Sequence[int]) -> None:
+        """One or more at once, in order, up to one that ends the row; `broken`: whether the logits
+        of each were not finite. Bursts of hundreds of rows come here: little is done per token."""
+        token_ids, eos_ids, stops = row.token_ids, self._eos_ids, self._stops
         row.timed_out = time.monotonic() > row.deadline_s
         row.aborted = self._aborted(row.prepared.key)
-        if token in self._eos_ids:
-            row.stopped = True
-        else:
-            row.token_ids.append(token)
-            row.stopped = self._ends_with_stop(row.token_ids)
-        row.done = row.stopped or row.broken or row.aborted or row.timed_out
+        is_over = row.timed_out or row.aborted
+        for token, is_broken in zip(tokens, broken, strict=True):
+            row.num_tokens += 1
+            if token in eos_ids:
+                row.stopped = True
+            else:
+                token_ids.append(token)
+                row.stopped = bool(stops) and self._ends_with_stop(token_ids)
+            if row.stopped or is_broken or is_over:
+                row.broken = bool(is_broken)
+                row.done = True
+                return
 
     def _ends_with_stop(self, token_ids: list[int]) -> bool:
-        if not self._stops:
-            return False
         tail = self._tokenizer.decode(token_ids[-self._window :])
         if cut_at_stop(tail, self._stops) is None:
             return False
@@ -222,6 +227,6 @@ class RowStopper(StoppingCriteria):  # type: ignore[misc]
         for row, token, broken in zip(self._rows, *step, strict=True):
             if not row.done:
                 fresh += 1
-                self._ender.take(row, token, bool(broken))
+                self._ender.take(row, (token,), (broken,))
         self._on_tokens(fresh)
         return torch.tensor([row.done for row in self._rows], device=input_ids.device)

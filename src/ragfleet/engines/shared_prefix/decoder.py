@@ -8,9 +8,9 @@ who ended within a burst, and what is dropped, is for the loop to say.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from itertools import accumulate
 from typing import Final
 
+import numpy as np
 import torch
 
 from ragfleet.engines.decoding import TokenChooser, not_finite
@@ -124,23 +124,13 @@ class _Bucket:
         self._chooser = chooser
         self._batch, self._levels, self._num_ranges = batch, levels, num_ranges = size
         device = cache.device
-
-        def zeros(*shape: int, dtype: torch.dtype) -> torch.Tensor:
-            return torch.zeros(shape, dtype=dtype, device=device)
-
-        self._longs = zeros(4, batch, dtype=torch.int64)
-        self._ids, self._positions, self._written, self._live = self._longs
-        # Of ranges, those of the rows' own parts last: starts, offsets, lengths. Then absent.
-        count = num_ranges + batch
-        parts = (count + 1, count + 1, count, (levels + 1) * batch)
-        self._ints = zeros(sum(parts), dtype=torch.int32)
-        starts, offsets, lengths, absent = self._ints.split(parts)
+        self._loaded, views = _loadable(size, device)
+        longs, starts, offsets, lengths, self._absent, self._draws, self._at = views
+        self._ids, self._positions, self._written, self._live = longs
         self._own_lengths = lengths[num_ranges:]
-        self._absent_ints = absent.view(levels + 1, batch)
-        self._absent = zeros(levels + 1, batch, dtype=torch.bool)
-        self._draws = zeros(BURST_STEPS, batch, dtype=torch.float64)
-        self._at = zeros(1, dtype=torch.int64)
-        self.chosen = zeros(2, BURST_STEPS, batch, dtype=torch.int64)
+        self._host, views = _loadable(size, torch.device("cpu"))
+        self._host_views = [view.numpy() for view in views]
+        self.chosen = torch.zeros((2, BURST_STEPS, batch), dtype=torch.int64, device=device)
         """[tokens or not finite, step, row]"""
         self._most = min(batch, block_tokens(cache.group))
         own = Ranges(
@@ -176,36 +166,35 @@ class _Bucket:
         draws: Sequence[Sequence[float]],
     ) -> None:
         """What the first step reads. Of no rows: steps that do nothing."""
-        cache, spare = self._cache, self._batch - len(rows)
-        idle = [0] * spare
-        longs = [
-            [last_tokens[row.slot] for row in rows] + idle,
-            [row.position for row in rows] + idle,
-            [cache.place(row.slot, row.column) for row in rows] + [cache.scratch] * spare,
-            [1] * len(rows) + idle,
-        ]
+        cache, count, own = self._cache, len(rows), self._num_ranges
+        longs, starts, offsets, lengths, absent, all_draws, _ = self._host_views
+        slots = np.array([row.slot for row in rows], dtype=np.int64)
+        columns = np.array([row.column for row in rows], dtype=np.int64)
+        places = cache.place(slots)
+        longs[:] = [[0], [0], [cache.scratch], [0]]
+        longs[0, :count] = [last_tokens[row.slot] for row in rows]
+        longs[1, :count] = [row.position for row in rows]
+        longs[2, :count] = places + columns
+        longs[3, :count] = 1
+
         nothing = [[(0, self._batch, Range(0, 0))]] * self._levels
         levels = levels or in_blocks(nothing, self._most)
-        own = [Range(cache.place(row.slot), row.column + 1) for row in rows]
-        own += [Range(cache.scratch, 1)] * spare
-        self._longs.copy_(torch.tensor(longs))
-        self._ints.copy_(torch.tensor(self._of_ranges(levels, own), dtype=torch.int32))
-        self._absent.copy_(self._absent_ints)
+        asked = np.array(asked_in(levels, cache.group)).reshape(-1, 3)
+        number = len(asked)
+        # Ranges of levels beyond those that there are nobody asks.
+        queries = np.zeros(lengths.shape, dtype=np.int32)
+        queries[:number], offsets[:number], lengths[:number] = asked.T
+        lengths[number:own] = 0
+        queries[own:] = cache.group
+        offsets[own:] = cache.scratch
+        offsets[own : own + count] = places
+        lengths[own:] = 1
+        lengths[own : own + count] = columns + 1
+        queries.cumsum(dtype=np.int32, out=starts[1:])
+        absent[:-1] = absent_in(levels, self._batch)
         if draws:
-            padded = [[*of_rows, *idle] for of_rows in draws]
-            self._draws[: len(draws)].copy_(torch.tensor(padded, dtype=torch.float64))
-        self._at.zero_()
-
-    def _of_ranges(self, levels: Sequence[Sequence[Read]], own: Sequence[Range]) -> list[int]:
-        """For `_ints`. Ranges of levels beyond those that there are nobody asks."""
-        group = self._cache.group
-        asked = asked_in(levels, group)
-        asked += [(0, 0, 0)] * (self._num_ranges - len(asked))
-        asked += [(group, range_.offset, range_.length) for range_ in own]
-        queries, offsets, lengths = zip(*asked, strict=True)
-        absent = [int(one) for of_level in absent_in(levels) for one in of_level]
-        starts = accumulate(queries, initial=0)
-        return [*starts, *offsets, 0, *lengths, *absent, *[0] * len(own)]
+            all_draws[: len(draws), :count] = draws
+        self._loaded.copy_(self._host)
 
     def _step(self) -> None:
         """One token of every row. Nothing here may ask the device for a number."""
@@ -226,3 +215,23 @@ class _Bucket:
 
 def _rounded(count: int) -> int:
     return max(LEAST_SIZE, 1 << (count - 1).bit_length())
+
+
+def _loadable(
+    size: tuple[int, int, int], device: torch.device
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """All that a `_Bucket` loads, in one stretch for one copy, and the views of it: ids, positions,
+    places and 1 for a row, 0 for none; starts, offsets and lengths of ranges, those of the rows'
+    own parts last; absent; draws; the next step."""
+    batch, levels, num_ranges = size
+    count = num_ranges + batch
+    sizes = (4 * batch, (3 * count + 2) // 2, (levels + 1) * batch // 8, BURST_STEPS * batch, 1)
+    whole = torch.zeros(sum(sizes), dtype=torch.int64, device=device)
+    longs, ints, absent, draws, at = whole.split(sizes)
+    return whole, [
+        longs.view(4, batch),
+        *ints.view(torch.int32).split((count + 1, count + 1, count)),
+        absent.view(torch.bool).view(levels + 1, batch),
+        draws.view(torch.float64).view(BURST_STEPS, batch),
+        at,
+    ]

@@ -12,6 +12,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
+import torch
+
 from ragfleet.engines.batched import BatchedLoop
 from ragfleet.engines.decoding import Row, RowEnder, TokenChooser, not_finite, outcome_of
 from ragfleet.engines.protocol import EngineSpec, Failure, Outcome, Prepared, RequestKey
@@ -32,6 +34,8 @@ MOST_FAILURES: Final = 3
 """So many failed passes, and all further requests take the plain loop."""
 Step = tuple[Sequence[int], Sequence[int]]
 """By slot: a token, and whether its logits were not finite."""
+Found = tuple[Sequence[int], Sequence[Row], Sequence[Step]]
+"""Slots, their rows, and the tokens of each step."""
 
 
 class SharedPrefixLoop:
@@ -157,30 +161,32 @@ class SharedPrefixLoop:
             return []
         try:
             if self._decoder is not None and not scheduled.runs:
-                slots, steps = self._decode(self._decoder, scheduled)
+                slots, rows, steps = self._decode(self._decoder, scheduled)
             else:
-                slots, steps = self._read(scheduled)
+                slots, rows, steps = self._read(scheduled)
         except Exception as error:  # a model's forward can raise anything
             message = f"{type(error).__name__}: {error}"
         else:
-            return self._take(slots, steps) if slots else []
+            return self._take(slots, rows, steps) if slots else []
         self._fall_back(message)
         return []
 
     def _rows_of(self, slots: Sequence[int]) -> list[Row]:
         return [self._rows[self._scheduler.key_of(slot)] for slot in slots]
 
-    def _read(self, scheduled: Pass) -> tuple[list[int], list[Step]]:
-        """One forward; slots, and a token for each."""
+    def _read(self, scheduled: Pass) -> Found:
+        """One forward, and a token for each slot."""
         tensors = self._way.make_pass(scheduled, self._last_tokens, self._cache, None)
         logits = self._forward(tensors)
         self._on_tokens(sum(len(run.token_ids) for run in scheduled.runs))
         if not tensors.slots:
-            return [], []
-        tokens = self._chooser.choose(logits, self._rows_of(tensors.slots)).tolist()
-        return tensors.slots, [(tokens, not_finite(logits).tolist())]
+            return [], [], []
+        rows = self._rows_of(tensors.slots)
+        found = torch.stack((self._chooser.choose(logits, rows), not_finite(logits).long()))
+        tokens, broken = found.tolist()  # one transfer from the device
+        return tensors.slots, rows, [(tokens, broken)]
 
-    def _decode(self, decoder: Decoder, scheduled: Pass) -> tuple[list[int], list[Step]]:
+    def _decode(self, decoder: Decoder, scheduled: Pass) -> Found:
         """Several tokens of slots that all decode. Those that are at --max_new_tokens before the
         others drop the rest, as at an end marker, while their slots have room for it."""
         slots = [row.slot for row in scheduled.rows]
@@ -190,7 +196,7 @@ class SharedPrefixLoop:
         is_greedy = self._chooser.is_greedy
         draws = [] if is_greedy else [self._chooser.draw(rows) for _ in range(steps)]
         self._scheduler.advance(steps - 1)
-        return slots, list(decoder.decode(scheduled.rows, self._last_tokens, steps, draws))
+        return slots, rows, decoder.decode(scheduled.rows, self._last_tokens, steps, draws)
 
     def _room(self, scheduled: Pass) -> int:
         """Tokens that each row can decode without leaving its slot, or the positions that the model
@@ -200,26 +206,25 @@ class SharedPrefixLoop:
             return room
         return min(room, self._max_model_len - max(row.position for row in scheduled.rows))
 
-    def _take(self, slots: Sequence[int], steps: Sequence[Step]) -> list[Outcome]:
+    def _take(
+        self, slots: Sequence[int], rows: Sequence[Row], steps: Sequence[Step]
+    ) -> list[Outcome]:
         """Outcomes of the rows that these tokens end; what comes after an end is dropped."""
         outcomes: list[Outcome] = []
-        running = list(enumerate(zip(self._rows_of(slots), slots, strict=True)))
-        for tokens, broken in steps:
-            if not running:
-                break
-            self._on_tokens(len(running))
-            going_on = []
-            for index, (row, slot) in running:
-                if not row.num_tokens:
-                    row.deadline_s = time.monotonic() + self._timeout_s
-                    row.cached_tokens = self._scheduler.cached_tokens(slot)
-                self._ender.take(row, tokens[index], bool(broken[index]))
-                self._last_tokens[slot] = tokens[index]
-                if row.done or row.num_tokens >= self._spec.sampling.max_new_tokens:
-                    self._finish(row, slot, outcomes)
-                else:
-                    going_on.append((index, (row, slot)))
-            running = going_on
+        most, num_taken = self._spec.sampling.max_new_tokens, 0
+        tokens, broken = (zip(*by_step, strict=True) for by_step in zip(*steps, strict=True))
+        for slot, row, ids, are_broken in zip(slots, rows, tokens, broken, strict=True):
+            before = row.num_tokens
+            if not before:
+                row.deadline_s = time.monotonic() + self._timeout_s
+                row.cached_tokens = self._scheduler.cached_tokens(slot)
+            left = most - before
+            self._ender.take(row, ids[:left], are_broken[:left])
+            self._last_tokens[slot] = ids[-1]
+            num_taken += row.num_tokens - before
+            if row.done or row.num_tokens >= most:
+                self._finish(row, slot, outcomes)
+        self._on_tokens(num_taken)
         return outcomes
 
     def _finish(self, row: Row, slot: int, outcomes: list[Outcome]) -> None:

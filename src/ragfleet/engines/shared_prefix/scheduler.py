@@ -27,9 +27,11 @@ from ragfleet.engines.protocol import RequestKey
 from ragfleet.engines.shared_prefix.pool import Pool
 from ragfleet.engines.shared_prefix.prefixes import (
     ID_BYTES,
+    LEAST_SHARED,
     MOST_SHARED_LEVELS,
     Node,
     PrefixTree,
+    SortedPrompts,
     common_tokens,
     pack,
     shared_ends,
@@ -145,6 +147,7 @@ class Scheduler:
         self._pool = Pool(limits.pool_tokens)
         self._slots = list(range(limits.num_slots))  # a heap: low slots first
         self._waiting: deque[_Entry] = deque()
+        self._waiting_prompts = SortedPrompts()
         self._reading: deque[Node | _Entry] = deque()
         self._running: dict[int, _Entry] = {}
         self._decoding: list[_Entry] = []
@@ -171,7 +174,9 @@ class Scheduler:
         """Raises ValueError for what can't be admitted."""
         if not token_ids or not self.fits(len(token_ids)):
             raise ValueError(f"a prompt of {len(token_ids)} tokens")
-        self._waiting.append(_Entry(key, token_ids, pack(token_ids)))
+        packed = pack(token_ids)
+        self._waiting.append(_Entry(key, token_ids, packed))
+        self._waiting_prompts.add(packed)
 
     def key_of(self, slot: int) -> RequestKey:
         """The request that holds a slot, from its first run on."""
@@ -209,6 +214,7 @@ class Scheduler:
         dropped = len(kept) < len(self._waiting)
         self._waiting = deque(kept)
         if dropped:
+            self._waiting_prompts = SortedPrompts(map(_packed, kept))
             self._rounds.forget_refused()
         return dropped
 
@@ -228,6 +234,7 @@ class Scheduler:
         """Forget all that waits; their keys."""
         keys = [entry.key for entry in self._waiting]
         self._waiting.clear()
+        self._waiting_prompts = SortedPrompts()
         return keys
 
     # ---- a pass
@@ -320,6 +327,7 @@ class Scheduler:
             self._rounds.refused(self.num_admitted)
             return False
         self._waiting.popleft()
+        self._waiting_prompts.remove(entry.packed)
         self._reading += new
         entry.cached_tokens = chain[-1].end if chain else 0
         self._put(entry, chain + new)
@@ -348,7 +356,7 @@ class Scheduler:
     def _new_ends(self, entry: _Entry, chain: Sequence[Node]) -> list[int]:
         """Where the nodes end that `entry`, the first that waits, needs below `chain`."""
         begin = chain[-1].end if chain else 0
-        others = map(_packed, islice(self._waiting, 1, None))
+        others = self._waiting_prompts.like(entry.packed, begin + LEAST_SHARED)
         levels = MOST_SHARED_LEVELS - len(chain)
         own_tokens = self.limits.own_tokens
         ends = shared_ends(entry.packed, others, begin, levels, own_tokens) if levels > 0 else []

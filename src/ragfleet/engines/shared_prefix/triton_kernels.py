@@ -28,6 +28,12 @@ LEAST_QUERIES: Final = 16
 """Of a product on tensor cores; a group's heads are fewer, the rest is padding."""
 
 
+_compiled: Final = triton.jit(  # once, not for each size of a batch
+    do_not_specialize=["num_tokens", "num_levels"],
+    do_not_specialize_on_alignment=["offsets", "lengths", "lses", "absent", "own_lse"],
+)
+
+
 def attend_rows(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -73,7 +79,7 @@ def attend_rows(
     return out
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@_compiled  # type: ignore[untyped-decorator]
 def _rows_kernel(  # type: ignore[no-untyped-def]
     query,
     key,
@@ -178,7 +184,7 @@ def merge(shared: Levels, own: tuple[torch.Tensor, torch.Tensor]) -> torch.Tenso
     return out
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@_compiled  # type: ignore[untyped-decorator]
 def _merge_kernel(  # type: ignore[no-untyped-def]
     own,
     own_lse,

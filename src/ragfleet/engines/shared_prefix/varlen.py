@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
 
+import numpy as np
 import torch
 
 BLOCK_QUERIES: Final = 128
@@ -39,17 +40,15 @@ class Ranges:
         cls, asked: Sequence[tuple[int, int, int]], device: torch.device, *, causal: bool = False
     ) -> Ranges:
         """From (queries, first key, keys) of each, in the order of the queries."""
-        starts = [0]
-        for num_queries, _, _ in asked:
-            starts.append(starts[-1] + num_queries)
-        options: Any = {"dtype": torch.int32, "device": device}
-        max_q = max(num_queries for num_queries, _, _ in asked)
+        queries, offsets, lengths = (np.array(one, np.int32) for one in zip(*asked, strict=True))
+        starts = np.append(np.int32(0), queries.cumsum(dtype=np.int32))
+        max_q = int(queries.max())
         return cls(
-            starts_q=torch.tensor(starts, **options),
-            offsets_k=torch.tensor([*(offset for _, offset, _ in asked), 0], **options),
-            lengths_k=torch.tensor([length for _, _, length in asked], **options),
+            starts_q=torch.tensor(starts, device=device),
+            offsets_k=torch.tensor(np.append(offsets, np.int32(0)), device=device),
+            lengths_k=torch.tensor(lengths, device=device),
             max_q=max_q,
-            max_k=max(length for _, _, length in asked),
+            max_k=int(lengths.max()),
             causal=causal and max_q > 1,  # the same, and the kernel's other way wants it said
         )
 

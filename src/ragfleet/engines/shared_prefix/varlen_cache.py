@@ -5,10 +5,17 @@ Owns which place is whose: the pool first, then slot by slot, then one that nobo
 
 from __future__ import annotations
 
+from typing import TypeVar
+
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from ragfleet.engines.shared_prefix.cache import Shape
 from ragfleet.engines.shared_prefix.scheduler import Limits
+
+Places = TypeVar("Places", int, npt.NDArray[np.int64])
+"""One, or as many as there are slots."""
 
 
 class VarlenCache:
@@ -38,7 +45,7 @@ class VarlenCache:
     def num_bytes(self) -> int:
         return int(self.states.nbytes)
 
-    def place(self, slot: int, column: int = 0) -> int:
+    def place(self, slot: Places, column: int = 0) -> Places:
         """Of a slot's token."""
         return self.num_pool + slot * self.slot_tokens + column
 

@@ -9,7 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
+from operator import itemgetter
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from ragfleet.engines.shared_prefix.attention import Probing, unchecked
@@ -27,6 +31,7 @@ from ragfleet.engines.shared_prefix.varlen_cache import VarlenCache
 Piece = tuple[int, int, Sequence[Range]]
 """(first, one past last) token, and the nodes that they see."""
 _NOTHING = Range(0, 0)
+_nodes = itemgetter(2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,34 +130,34 @@ def packed_pass(
     rows = scheduled.rows
     in_slots = [run for run in scheduled.runs if run.slot >= 0]
     of_nodes = [run for run in scheduled.runs if run.slot < 0]
+    pieces: list[Row | Run] = [*rows, *in_slots, *of_nodes]
     ids = [last_tokens[row.slot] for row in rows]
-    positions = [row.position for row in rows]
-    logit_rows = list(range(len(rows)))
     for run in (*in_slots, *of_nodes):
         ids += run.token_ids
-        positions += range(run.position, run.position + len(run.token_ids))
-        if run.slot >= 0:
-            logit_rows.append(len(ids) - 1)
-    views = [
+    parts = [
         [_view_of_row(row, cache) for row in rows],
         [_view_of_run(run, cache) for run in in_slots],
         [_view_of_run(run, cache) for run in of_nodes],
     ]
-    ends = [(own.offset + own.length, count) for part in views for count, own, _ in part]
+    # The tokens of a row or a run have consecutive positions and consecutive places.
+    counts = np.array([count for part in parts for count, _, _ in part])
+    stops = counts.cumsum()
+    positions = np.array([piece.position for piece in pieces]) + counts - stops
+    places = np.array([own.offset + own.length for part in parts for _, own, _ in part]) - stops
+    tokens = np.arange(len(ids))
+    num_slots = len(rows) + len(in_slots)
     device = cache.device
     return VarlenPass(
         kernels,
         cache,
-        input_ids=torch.tensor([ids], device=device),
-        position_ids=torch.tensor([positions], device=device),
-        written=torch.tensor(
-            [place for end, count in ends for place in range(end - count, end)], device=device
-        ),
+        input_ids=torch.tensor(np.array([ids]), device=device),
+        position_ids=torch.tensor((tokens + positions.repeat(counts))[None], device=device),
+        written=torch.tensor(tokens + places.repeat(counts), device=device),
         parts=[
-            _part_of(part, cache, are_rows=number == 0) for number, part in enumerate(views) if part
+            _part_of(part, cache, are_rows=number == 0) for number, part in enumerate(parts) if part
         ],
         # Without any, the first: an empty product is not worth a special case in every layer.
-        logit_rows=torch.tensor(logit_rows or [0], device=device),
+        logit_rows=torch.tensor(stops[:num_slots] - 1 if num_slots else [0], device=device),
         slots=[row.slot for row in rows] + [run.slot for run in in_slots],
         copies=_copies_of(in_slots, cache),
         probe=probe,
@@ -189,7 +194,7 @@ def _part_of(views: Sequence[View], cache: VarlenCache, *, are_rows: bool) -> Pa
         are_rows=are_rows,
         own=Ranges.of(own, cache.device, causal=True),
         levels=Ranges.of(asked_in(levels, cache.group), cache.device) if levels else None,
-        absent=torch.tensor(absent_in(levels), dtype=torch.bool, device=cache.device),
+        absent=torch.tensor(absent_in(levels, at), device=cache.device),
     )
 
 
@@ -202,23 +207,26 @@ def asked_in(levels: Sequence[Sequence[Read]], group: int) -> list[tuple[int, in
     ]
 
 
-def absent_in(levels: Sequence[Sequence[Read]]) -> list[list[bool]]:
+def absent_in(levels: Sequence[Sequence[Read]], num_tokens: int) -> npt.NDArray[np.bool_]:
     """[levels, tokens]: see `varlen.Levels`."""
-    return [
-        [not range_.length for start, stop, range_ in reads for _ in range(start, stop)]
-        for reads in levels
-    ]
+    absent = np.zeros((len(levels), num_tokens), dtype=np.bool_)
+    for of_level, reads in zip(absent, levels, strict=True):
+        for start, stop, range_ in reads:
+            if not range_.length:
+                of_level[start:stop] = True
+    return absent
 
 
 def level_reads(pieces: Sequence[Piece], num_tokens: int) -> list[list[Read]]:
     """Per level of the prefix tree, all tokens in order: neighbours with the same range together,
     and those without one with a range of nothing."""
     levels: list[list[Read]] = []
-    for start, stop, ranges in pieces:
+    for ranges, neighbours in groupby(pieces, key=_nodes):
+        alike = list(neighbours)
         for level, range_ in enumerate(ranges):
             if level == len(levels):
                 levels.append([])
-            _append(levels[level], start, stop, range_)
+            _append(levels[level], alike[0][0], alike[-1][1], range_)
     for reads in levels:
         if reads[-1][1] < num_tokens:
             reads.append((reads[-1][1], num_tokens, _NOTHING))

@@ -25,7 +25,14 @@ from models import Reference, make_model
 from ragfleet.engines import decoding
 from ragfleet.engines.protocol import Completion
 from ragfleet.engines.shared_prefix import varlen_pass
-from ragfleet.engines.shared_prefix.varlen import why_not_flash
+from ragfleet.engines.shared_prefix.varlen import (
+    Levels,
+    Ranges,
+    attend_levels,
+    flash_varlen,
+    merge_levels,
+    why_not_flash,
+)
 
 NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
 Gpu = Callable[[], AbstractContextManager[PretendedGpu | None]]
@@ -59,6 +66,33 @@ def test_rows_in_triton_give_what_plain_operations_do(dtype: torch.dtype, head_d
     from ragfleet.engines.shared_prefix import triton_kernels
 
     triton_kernels.try_rows(dtype, head_dim, torch.device("cuda:0"))
+
+
+@pytest.mark.gpu
+@NEEDS_GPU
+@pytest.mark.parametrize("num_tokens", [1, 2, 7])
+@pytest.mark.parametrize("num_levels", [1, 2])
+def test_triton_takes_what_the_fused_kernel_gives(num_tokens: int, num_levels: int) -> None:
+    from ragfleet.engines.shared_prefix import triton_kernels
+
+    device = torch.device("cuda:0")
+    torch.manual_seed(0)
+    options: Any = {"dtype": torch.bfloat16, "device": device}
+    query, (key, value) = (
+        torch.randn(num_tokens, 8, 64, **options),
+        torch.randn(2, 400, 2, 64, **options),
+    )
+    own = Ranges.of([(1, 300 + n, 40) for n in range(num_tokens)], device)
+    levels = Ranges.of([(4 * num_tokens, 90 * n, 80) for n in range(num_levels)], device)
+    found = attend_levels(flash_varlen, query, key, value, levels, num_levels, 0.2)
+    absent = torch.zeros(num_levels, num_tokens, dtype=torch.bool, device=device)
+    shared = Levels(*found, absent)
+    wanted = merge_levels(shared, flash_varlen(query, key, value, own, 0.2))
+    for one in (
+        triton_kernels.attend_rows(query, key, value, own, shared, 0.2),
+        triton_kernels.merge(shared, flash_varlen(query, key, value, own, 0.2)),
+    ):
+        torch.testing.assert_close(one, wanted, rtol=2e-2, atol=2e-2)
 
 
 @pytest.mark.gpu

@@ -106,6 +106,16 @@ def test_another_fused_kernel_is_not_used(
     assert why_not_flash(torch.bfloat16, 16, CPU) is not None
 
 
+def test_what_one_token_finds_in_one_level_is_laid_out_as_always() -> None:
+    def kernel(query: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.empty_like(query), torch.zeros(query.shape[1], len(query))
+
+    key = value = torch.randn(40, 2, 8)
+    levels = Ranges.of([(3, 0, 7)], CPU)
+    outs, _ = attend_levels(kernel, torch.randn(1, 6, 8), key, value, levels, 1, 0.3)
+    assert outs.is_contiguous()
+
+
 @pytest.mark.parametrize("num_levels", [1, 2])
 def test_levels_and_own_parts_merge_to_the_whole(num_levels: int) -> None:
     torch.manual_seed(0)

@@ -161,7 +161,7 @@ def _rows_kernel(  # type: ignore[no-untyped-def]
 
 def merge(shared: Levels, own: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
     """`varlen.merge_levels`, in one go."""
-    found, lse = own
+    found, lse = own[0].contiguous(), own[1]
     num_tokens, num_heads, dim = found.shape
     kv_heads = shared.outs.shape[3]
     out = torch.empty_like(found)

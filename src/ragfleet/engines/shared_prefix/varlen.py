@@ -124,7 +124,8 @@ def attend_levels(
     scaling: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The same tokens once per level, all levels in one call: query [tokens, heads, dim] to outputs
-    [levels, tokens, group, kv_heads, dim] and log-sum-exps [kv_heads, levels, tokens, group].
+    [levels, tokens, group, kv_heads, dim], contiguous, and log-sum-exps [kv_heads, levels, tokens,
+    group].
 
     The heads of a group ask the same keys, so that they go as queries of one head: the kernel reads
     keys once per head, and its blocks of queries are fuller. `ranges` count queries so: `tokens *
@@ -134,7 +135,8 @@ def attend_levels(
     kv_heads = key.shape[1]
     group = num_heads // kv_heads
     by_group = query.unflatten(1, (kv_heads, group)).transpose(1, 2)
-    asked = by_group.expand(levels, -1, -1, -1, -1).reshape(-1, kv_heads, dim)
+    # Of one token in one level it would be a view, and the kernel answers in the query's layout.
+    asked = by_group.expand(levels, -1, -1, -1, -1).reshape(-1, kv_heads, dim).contiguous()
     out, lse = kernel(asked, key, value, ranges, scaling)
     return (
         out.view(levels, num_tokens, group, kv_heads, dim),

@@ -20,6 +20,8 @@ from ragfleet.engines.protocol import Prepared
 Answers = dict[bytes, list[int]]
 GROWTH: Final = 4
 """So many times more requests in the next try."""
+FIRST_GROWTH: Final = 2
+"""So many times longer GROWTH times more should take, before one knows."""
 NEARLY: Final = 1.2
 """So many times longer than it may take is near enough."""
 COLD: Final = 4
@@ -101,16 +103,22 @@ class Trial:
     def grow(self, limit_s: float) -> None:
         """Find the largest sample that runs within `limit_s`.
 
-        A size that takes longer is tried once more: first runs also build what later ones find
-        built. A sample that can't be made smaller counts as a round at once.
+        Four times more are tried where they should fit, judged by how much longer the last four
+        times took: batches cost far less than that, until they are full. A size that takes too
+        long is tried once more: first runs also build what later ones find built. A sample that
+        can't be made smaller counts as a round at once.
         """
         group = self.arm.group(self.share)
-        count, is_again = self.arm.least, False
+        count, is_again, growth, before_s = self.arm.least, False, FIRST_GROWTH, None
         while (seconds := self.once(count)) is not None:
             self.rough_s = seconds
+            if before_s is not None:
+                growth = max(1.0, self.wall_s / before_s)
+            before_s = None
             fitting = min(len(self.requests), int(self.count * limit_s / max(self.wall_s, 1e-9)))
-            if fitting >= 1.5 * self.count:
-                count, is_again = min(fitting, GROWTH * self.count) // group * group, False
+            if self.is_sampled and self.wall_s * growth <= NEARLY * limit_s:
+                before_s, is_again = self.wall_s, False
+                count = min(len(self.requests), GROWTH * self.count)
             elif not is_again and NEARLY * limit_s < self.wall_s < COLD * limit_s:
                 is_again = True
             else:

@@ -471,6 +471,14 @@ def test_a_gpu_without_the_fused_kernel(monkeypatch: pytest.MonkeyPatch) -> None
         loop_module.make_loop(spec("auto"), nothing, nothing, (), None, nothing, nothing)
 
 
+def test_fp32_on_a_gpu_is_for_those_who_ask(monkeypatch: pytest.MonkeyPatch) -> None:
+    shape = Shape(2, 2, 16, torch.float32, torch.device("cuda"))
+    monkeypatch.setattr(Shape, "of", lambda model: shape)
+    nothing: Any = None
+    with pytest.raises(ways.Unsupported, match="--prefix_sharing on goes range by range"):
+        loop_module.make_loop(spec("auto"), nothing, nothing, (), None, nothing, nothing)
+
+
 def test_on_is_not_to_be_had_by_halves(start: Make, tmp_path: Path) -> None:
     model = make_model(tmp_path / "m", "--arch", "mistral", "--sliding_window", "64")
     assert "sliding window of 64" in str(start(model_dir=model).start().degraded)

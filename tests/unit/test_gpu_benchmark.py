@@ -141,6 +141,18 @@ def test_a_sample_where_there_is_less_scaled_to_all() -> None:
         assert seconds == pytest.approx(28, rel=0.2)
 
 
+def test_a_batch_that_costs_little_more_takes_all() -> None:
+    class Batches(FakeArm):
+        def run(self, requests: Sequence[Prepared]) -> tuple[float, Answers]:
+            self.per_request_s = 2 / len(requests) + 0.001
+            return super().run(requests)
+
+    clock = Clock()
+    trial = measured(Batches(clock), clock, 14)
+    assert trial.count == 28
+    assert len(trial.seconds) == 3
+
+
 def test_one_round_where_the_smallest_sample_is_too_long() -> None:
     clock = Clock()
     arm = FakeArm(clock, per_request_s=100)

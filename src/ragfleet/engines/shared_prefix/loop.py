@@ -271,6 +271,11 @@ def make_loop(
 ) -> SharedPrefixLoop:
     """Raises Unsupported, `model` being as it was; ModelError: --kv_cache_bytes is too small."""
     shape = Shape.of(model)
+    if shape.device.type == "cuda" and shape.dtype == torch.float32 and spec.prefix_sharing != "on":
+        raise Unsupported(
+            "fp32 has no fused attention on a GPU; --prefix_sharing on goes range by range,"
+            " exact and slow"
+        )
     way = way_of(shape)
     forward = ready(model, way, max_model_len, TokenChooser(spec.sampling))
     sizes: Any = {

@@ -148,7 +148,7 @@ def test_a_batch_that_costs_little_more_takes_all() -> None:
             return super().run(requests)
 
     clock = Clock()
-    trial = measured(Batches(clock), clock, 14)
+    trial = measured(Batches(clock), clock, 18)
     assert trial.count == 28
     assert len(trial.seconds) == 3
 

@@ -224,7 +224,8 @@ def _resolve(
         # Without vLLM nobody wonders why it is not taken.
         return "transformers", "vLLM is taken where there is a GPU" if installed else None
     if installed is None:
-        return "transformers", f"vLLM is faster on GPUs and not installed ({INSTALL})"
+        reason = f"vLLM, faster where prompts share little, is not installed ({INSTALL})"
+        return "transformers", reason
     if installed.is_too_old:
         return "transformers", installed.too_old().partition(" (")[0]
     if installed.is_cpu_build:

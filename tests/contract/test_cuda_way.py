@@ -23,6 +23,7 @@ from test_shared_prefix import answer, ids, loop_of, prompt_sets
 
 from models import Reference, make_model
 from ragfleet.engines import transformers
+from ragfleet.engines.checkpoint import CONTEXT_BYTES
 from ragfleet.engines.protocol import (
     Completion,
     EngineSpec,
@@ -508,8 +509,8 @@ def test_a_gpus_memory_is_not_taken_whole(
     monkeypatch: pytest.MonkeyPatch, limit: int | None
 ) -> None:
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (50 << 30, 80 << 30))
-    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 2 << 30)
-    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 3 << 30)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 2 << 30)
     shape = Shape(32, 8, 128, torch.bfloat16, torch.device("cuda"), group=4)
     part = EngineSpec(
         model_dir=None,
@@ -518,7 +519,7 @@ def test_a_gpus_memory_is_not_taken_whole(
         gpu_memory_bytes=limit,
     )
     sizes = {"num_slots": 256, "max_new_tokens": 128, "max_model_len": 8192}
-    free = 51 << 30 if limit is None else 8 << 30
+    free = 50 << 30 if limit is None else (8 << 30) - CONTEXT_BYTES
     way = ways.varlen_way(Kernels(plain_varlen), decoder.eagerly)
     assert way.default_budget(shape, part, sizes) == int(0.8 * free)
     assert way.default_budget(shape, part, {**sizes, "num_slots": 1}) == (8192 + 192) * (

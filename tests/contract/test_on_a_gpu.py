@@ -60,12 +60,16 @@ def test_the_fused_kernel_is_as_its_source_says(dtype: torch.dtype, head_dim: in
 
 @pytest.mark.gpu
 @NEEDS_GPU
-@pytest.mark.parametrize("head_dim", [16, 64, 96, 128, 256])
+@pytest.mark.parametrize(
+    ("head_dim", "group"), [(16, 3), (64, 4), (64, 71), (96, 1), (128, 8), (128, 32), (256, 8)]
+)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_rows_in_triton_give_what_plain_operations_do(dtype: torch.dtype, head_dim: int) -> None:
+def test_rows_in_triton_give_what_plain_operations_do(
+    dtype: torch.dtype, head_dim: int, group: int
+) -> None:
     from ragfleet.engines.shared_prefix import triton_kernels
 
-    triton_kernels.try_rows(dtype, head_dim, torch.device("cuda:0"))
+    triton_kernels.try_rows(dtype, head_dim, group, torch.device("cuda:0"))
 
 
 @pytest.mark.gpu

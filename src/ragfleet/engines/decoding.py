@@ -15,7 +15,7 @@ import math
 import random
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Final
 
 import torch
 from transformers import LogitsProcessor, StoppingCriteria
@@ -53,6 +53,10 @@ class Row:
         self.stream = random.Random(seed)  # None: seeded by the operating system
 
 
+MOST_DRAWN: Final = 128
+"""Rows at once: each takes 20 bytes for each token of the vocabulary."""
+
+
 class TokenChooser:
     """Draws a token per row: fp32 softmax at `temperature`, the nucleus of `top_p`, then the
     inverse of the cumulative sum in vocabulary order.
@@ -84,6 +88,11 @@ class TokenChooser:
         """`choose` on the device alone: fp64 `draws` [rows], made beforehand; None: greedy."""
         if draws is None:
             return scores.argmax(dim=-1)
+        both = (scores.split(MOST_DRAWN), draws.split(MOST_DRAWN))
+        found = [self._draw_each(*part) for part in zip(*both, strict=True)]
+        return found[0] if len(found) == 1 else torch.cat(found)
+
+    def _draw_each(self, scores: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
         weights = torch.softmax(scores.float() / self._temperature, dim=-1)  # [rows, vocab]
         tokens = None
         if self._top_p < 1 and weights.is_cuda:

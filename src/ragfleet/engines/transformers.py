@@ -126,6 +126,8 @@ class TransformersEngine:
         # Where a kernel reads what is not its own, a GPU answers nothing more to this process.
         try:
             torch.zeros(1, device=self._model.device).item()
+        except torch.OutOfMemoryError:
+            return  # it answers
         except RuntimeError as error:
             raise ModelError(
                 f"the GPU failed while prefix sharing was tried ({reason}): {error};"

@@ -41,20 +41,27 @@ class Forward:
     def __init__(self, model: Any, *, pack: bool = True, fused: Fused | None = None) -> None:
         attention.register()
         self._model = model
+        self._fused: FusedLayers | None = None
         self._plain_attention = model.config._attn_implementation
-        self.why_not_packed = pack_weights(model) if pack else None
-        self._wanted: Wanted = trim_last_layer(model)
-        self._fused = None if fused is None else FusedLayers(model, fused)
-        self.notes = [] if self._fused is None else self._fused.notes
+        self.notes: list[str] = []
         """Lines for the log."""
-        self._use(attention.NAME)
+        try:
+            self.why_not_packed = pack_weights(model) if pack else None
+            self._wanted: Wanted = trim_last_layer(model)
+            if fused is not None:
+                self._fused = FusedLayers(model, fused)
+                self.notes = self._fused.notes
+            self._use(attention.NAME)
+        except BaseException:
+            self.undo()
+            raise
 
     def __call__(self, tensors: Readable) -> torch.Tensor:
         """Logits [len(tensors.slots), vocab]; keys and values are written by the way."""
         everything = len(tensors.logit_rows) == tensors.num_tokens
         self._wanted.rows = None if everything else tensors.logit_rows
-        rotations = nullcontext() if self._fused is None else self._fused.rotations()
-        with torch.inference_mode(), rotations:
+        passing = nullcontext() if self._fused is None else self._fused.passing()
+        with torch.inference_mode(), passing:
             out = self._model(
                 input_ids=tensors.input_ids,
                 position_ids=tensors.position_ids,
@@ -80,8 +87,6 @@ class Forward:
         restore_last_layer(self._model)
         unpack_weights(self._model)
         self._use(self._plain_attention)
-        if self._fused is not None:
-            self._fused.close()
 
     def _use(self, name: str) -> None:
         if self._fused is not None:

@@ -2,11 +2,13 @@
 
 Owns which of a model's modules can be exchanged, found by trying both ways on numbers, and their
 exchange while passes run: RMS norms, rotations, MLPs, and the products of queries, keys and values.
-What computes something else stays as it is. Weights are read once; none is there twice.
+What computes something else stays as it is. Joined weights stay joined: the layers' own become
+views of them, so none is there twice.
 """
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -40,7 +42,7 @@ class Fused:
 
 
 class FusedLayers:
-    """Of one model: `use` and `undo` in turns, `rotations` around its forward while in use."""
+    """Of one model: `use` and `undo` in turns, `passing` around its forward while in use."""
 
     def __init__(self, model: nn.Module, fused: Fused) -> None:
         self._joined: list[_Joined] = []
@@ -54,12 +56,12 @@ class FusedLayers:
             self._forwards += found
             if not found:
                 self.notes.append(f"{what} are the model's own")
-        like = next(model.parameters())
-        for home in {sys.modules[type(module).__module__] for module in modules}:
+        asked = _asked(next(model.parameters()))
+        homes = {sys.modules.get(type(module).__module__) for module in modules}
+        for home in homes:
             own = getattr(home, ROTATION, None)
-            if own is None:
+            if home is None or own is None:
                 continue
-            asked = _asked(like)
             if _agree(partial(fused.rotate, *asked), partial(own, *asked)):
                 self._rotations.append((home, own, _rotation(own, fused)))
             else:
@@ -70,19 +72,13 @@ class FusedLayers:
             module.forward = forward
 
     def undo(self) -> None:
-        """The model computes as it did, from the same weights."""
+        """The model as it was."""
         for module, _ in self._forwards:
             vars(module).pop("forward", None)
 
-    def close(self) -> None:
-        """The model as it was."""
-        self.undo()
-        for joined in self._joined:
-            joined.part()
-
     @contextmanager
-    def rotations(self) -> Iterator[None]:
-        """They are found in the Python modules of models, which others may be using too."""
+    def passing(self) -> Iterator[None]:
+        """Rotations are found in the Python modules of models, which others may be using too."""
         for home, _, rotation in self._rotations:
             setattr(home, ROTATION, rotation)
         try:
@@ -90,10 +86,12 @@ class FusedLayers:
         finally:
             for home, own, _ in self._rotations:
                 setattr(home, ROTATION, own)
+            for joined in self._joined:
+                joined.forget()
 
     def _mlp(self, module: Any, fused: Fused) -> list[tuple[Any, Forward]]:
         linears = _linears(module, ("gate_proj", "up_proj"))
-        if not linears or not hasattr(module, "down_proj") or "forward" in vars(module):
+        if not linears or not hasattr(module, "down_proj") or not _is_untouched(module):
             return []
         gate, up = linears
 
@@ -103,8 +101,10 @@ class FusedLayers:
             return out
 
         x = _numbers((1, 3, gate.in_features), gate.weight)
-        x = x * (3 / gate(x).float().std())  # activations are alike near 0
-        if not _agree(partial(by_parts, x), partial(module, x)):
+        with torch.inference_mode():
+            x = x / gate(x).float().std()
+        # Activations are alike near 0, and clamps are seen far from it only.
+        if not all(_agree(partial(by_parts, x * n), partial(module, x * n)) for n in (3, 60)):
             return []
         joined = _Joined(linears)
         self._joined.append(joined)
@@ -141,9 +141,9 @@ class _Joined:
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return functional.linear(x, self._weight, self._bias)
 
-    def part(self) -> None:
-        for linear in self._linears:
-            linear.weight = nn.Parameter(linear.weight.detach().clone(), requires_grad=False)
+    def forget(self) -> None:
+        """Keep no pass's tensors alive, nor take another's input for this one."""
+        self._x, self._parts = None, ()
 
     def forwards(self) -> list[Forward]:
         """Of the layers: who is asked first computes for all, if they are asked for the same."""
@@ -157,8 +157,8 @@ class _Joined:
                 elif x is not self._x:
                     return functional.linear(x, linear.weight, linear.bias)
                 part = self._parts[index]
-                if index == len(self._linears) - 1:  # keep nothing alive
-                    self._x, self._parts = None, ()
+                if index == len(self._linears) - 1:
+                    self.forget()
                 return part
 
             return forward
@@ -169,23 +169,28 @@ class _Joined:
 def _linears(module: Any, names: Sequence[str]) -> list[nn.Linear]:
     """Those of the names, where they can be joined."""
     linears: list[Any] = [getattr(module, name, None) for name in names]
-    linears = [one for one in linears if type(one) is nn.Linear and "forward" not in vars(one)]
-    if len(linears) < len(names):
+    linears = [one for one in linears if type(one) is nn.Linear and _is_untouched(one)]
+    if len({id(one.weight) for one in linears}) < len(names):  # tied ones too are left alone
         return []
     alike = {(one.in_features, one.bias is None, one.weight.dtype) for one in linears}
     return linears if len(alike) == 1 else []
 
 
+def _is_untouched(module: Any) -> bool:
+    hooks = module._forward_hooks or module._forward_pre_hooks
+    return not hooks and "forward" not in vars(module)
+
+
 def _norm(module: Any, fused: Fused) -> list[tuple[Any, Forward]]:
     weight = getattr(module, "weight", None)
-    if not hasattr(module, "variance_epsilon") or weight is None or "forward" in vars(module):
+    if not hasattr(module, "variance_epsilon") or weight is None or not _is_untouched(module):
         return []
     epsilon = module.variance_epsilon
 
     def forward(x: torch.Tensor) -> torch.Tensor:
         return functional.rms_norm(x, weight.shape, weight, epsilon)
 
-    x = _numbers((3, weight.numel()), weight)
+    x = _numbers((3, weight.numel()), weight) + 0.7  # a mean, for what subtracts it
     return [(module, forward)] if _agree(partial(forward, x), partial(module, x)) else []
 
 
@@ -198,7 +203,9 @@ def _rotation(own: Any, fused: Fused) -> Any:
         *others: Any,
         **more: Any,
     ) -> Any:
-        if others or more or cos.shape != (1, query.shape[2], query.shape[3]):
+        known = cos.shape == sin.shape == (1, query.shape[2], query.shape[3])
+        laid_out = all(one.stride(-1) == 1 for one in (query, key, cos, sin))
+        if others or more or not known or not laid_out:
             return own(query, key, cos, sin, *others, **more)
         return fused.rotate(query, key, cos, sin)
 
@@ -223,9 +230,12 @@ def _agree(one: Callable[[], Any], other: Callable[[], Any]) -> bool:
         with torch.inference_mode():
             found, wanted = one(), other()
             pairs = [(found, wanted)] if torch.is_tensor(found) else zip(found, wanted, strict=True)
-            return all(
-                a.dtype == b.dtype and float((a - b).norm()) <= TOLERANCE * float(b.norm())
-                for a, b in pairs
-            )
+            return all(map(_are_alike, *zip(*pairs, strict=True)))
     except Exception:  # a model's own code that wants to be asked otherwise
         return False
+
+
+def _are_alike(found: torch.Tensor, wanted: torch.Tensor) -> bool:
+    size = float(wanted.float().norm())
+    difference = float((found.float() - wanted.float()).norm())
+    return found.dtype == wanted.dtype and 0 < size < math.inf and difference <= TOLERANCE * size

@@ -300,6 +300,11 @@ def make_loop(
         if spec.kv_cache_bytes is None:
             raise Unsupported(f"there is too little memory: {error}") from None
         raise ModelError(f"--kv_cache_bytes is too small: {error}.") from None
-    return SharedPrefixLoop(
-        spec, way, forward, shape, limits, tokenizer, stops, max_model_len, plain, on_tokens
-    )
+    try:
+        return SharedPrefixLoop(
+            spec, way, forward, shape, limits, tokenizer, stops, max_model_len, plain, on_tokens
+        )
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        forward.undo()
+        reason = str(error).splitlines()[0]
+        raise Unsupported(f"there is no room for keys and values: {reason}") from error

@@ -63,7 +63,7 @@ class SortedPrompts:
         while stop < len(self._prompts) and self._prompts[stop].startswith(begin):
             stop += 1
         found = self._prompts[start:stop]
-        found.remove(packed)
+        del found[bisect_left(self._prompts, packed) - start]
         return found
 
 

@@ -18,6 +18,7 @@ from ragfleet.engines.decoding import TokenChooser
 from ragfleet.engines.shared_prefix.cache import Shape
 from ragfleet.engines.shared_prefix.decoder import Decoder
 from ragfleet.engines.shared_prefix.forward import Forward
+from ragfleet.engines.shared_prefix.fused_layers import Fused
 from ragfleet.engines.shared_prefix.scheduler import LEAST_COPIED, Limits, Row, Scheduler
 from ragfleet.engines.shared_prefix.ways import Unsupported, Way
 
@@ -199,17 +200,37 @@ def _compare(
 
 
 def ready(model: Any, way: Way, max_model_len: int | None, chooser: TokenChooser) -> Forward:
-    """`model`, changed for passes and proved; unchanged where this raises Unsupported."""
+    """`model`, changed for passes and proved; unchanged where this raises Unsupported. Where it is
+    not right with fused layers, it is tried without."""
     check_config(model, way)
     prompts = probe_prompts(model.get_input_embeddings().weight.shape[0])
-    expected = plain_logits(model, prompts)
-    forward = Forward(model, pack=way.packs_weights, fused=way.fused)
     try:
-        self_check(way, forward, Shape.of(model), prompts, expected, max_model_len, chooser)
-    except Unsupported:
-        forward.undo()
-        raise
+        expected = plain_logits(model, prompts)
     except Exception as error:  # a model's forward can raise anything
-        forward.undo()
-        raise Unsupported(f"{type(error).__name__}: {error}".splitlines()[0]) from error
-    return forward
+        raise Unsupported(_line(error)) from error
+
+    def proved(fused: Fused | None) -> Forward:
+        forward = None
+        try:
+            forward = Forward(model, pack=way.packs_weights, fused=fused)
+            self_check(way, forward, Shape.of(model), prompts, expected, max_model_len, chooser)
+        except Exception as error:  # a model's forward can raise anything
+            if forward is not None:
+                forward.undo()
+            if isinstance(error, Unsupported):
+                raise
+            raise Unsupported(_line(error)) from error
+        return forward
+
+    if way.fused is None:
+        return proved(None)
+    try:
+        return proved(way.fused)
+    except Unsupported as error:
+        forward = proved(None)
+        forward.notes.append(f"layers are the model's own: {error}")
+        return forward
+
+
+def _line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]

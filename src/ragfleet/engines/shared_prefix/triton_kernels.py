@@ -24,6 +24,8 @@ from ragfleet.engines.shared_prefix.varlen import (
 BLOCK_KEYS: Final = 64
 """Read at once by a block of `attend_rows`: a row's own keys are few."""
 BLOCK_GATED: Final = 1024
+WIDE_DIM: Final = 128
+"""Heads beyond it: blocks of so many keys need more shared memory than some GPUs have."""
 LEAST_QUERIES: Final = 16
 """Of a product on tensor cores; a group's heads are fewer, the rest is padding."""
 
@@ -73,7 +75,7 @@ def attend_rows(
         DIM=dim,
         BLOCK_GROUP=max(LEAST_QUERIES, triton.next_power_of_2(num_heads // kv_heads)),
         BLOCK_DIM=max(LEAST_QUERIES, triton.next_power_of_2(dim)),
-        BLOCK_KEYS=BLOCK_KEYS,
+        BLOCK_KEYS=BLOCK_KEYS if dim <= WIDE_DIM else BLOCK_KEYS // 2,
         num_warps=4,
     )
     return out
@@ -164,6 +166,8 @@ def merge(shared: Levels, own: tuple[torch.Tensor, torch.Tensor]) -> torch.Tenso
     found, lse = own[0].contiguous(), own[1]
     num_tokens, num_heads, dim = found.shape
     kv_heads = shared.outs.shape[3]
+    block_group = triton.next_power_of_2(num_heads // kv_heads)
+    block_dim = triton.next_power_of_2(dim)
     out = torch.empty_like(found)
     _merge_kernel[num_tokens, kv_heads](
         found,
@@ -177,9 +181,9 @@ def merge(shared: Levels, own: tuple[torch.Tensor, torch.Tensor]) -> torch.Tenso
         KV_HEADS=kv_heads,
         GROUP=num_heads // kv_heads,
         DIM=dim,
-        BLOCK_GROUP=triton.next_power_of_2(num_heads // kv_heads),
-        BLOCK_DIM=triton.next_power_of_2(dim),
-        num_warps=1,
+        BLOCK_GROUP=block_group,
+        BLOCK_DIM=block_dim,
+        num_warps=1 if block_group * block_dim <= 4096 else 4,
     )
     return out
 
@@ -357,9 +361,9 @@ def _gated_kernel(both, out, size, BLOCK: tl.constexpr):  # type: ignore[no-unty
     tl.store(out + row * size + at, found.to(out.dtype.element_ty), mask=mask)
 
 
-def try_rows(dtype: torch.dtype, head_dim: int, device: torch.device) -> None:
+def try_rows(dtype: torch.dtype, head_dim: int, group: int, device: torch.device) -> None:
     """Raises AssertionError unless `attend_rows` and `merge` give what plain operations do."""
-    tokens, group, kv_heads, places = 5, 3, 2, 400
+    tokens, kv_heads, places = 5, 2, 400
     numbers = torch.arange(2 * places * kv_heads * head_dim, device=device).cos()
     key, value = numbers.view(2, places, kv_heads, head_dim)
     query = torch.arange(tokens * group * kv_heads * head_dim, device=device).sin()

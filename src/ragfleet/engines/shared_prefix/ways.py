@@ -13,6 +13,7 @@ from typing import Any, Final, Protocol
 
 import torch
 
+from ragfleet.engines.checkpoint import CONTEXT_BYTES
 from ragfleet.engines.decoding import TokenChooser
 from ragfleet.engines.heap import keep_freed_memory
 from ragfleet.engines.protocol import EngineSpec
@@ -162,7 +163,7 @@ def _with_triton(shape: Shape) -> tuple[Kernels, Fused | None, str | None]:
     try:
         from ragfleet.engines.shared_prefix import triton_kernels
 
-        triton_kernels.try_rows(shape.dtype, shape.head_dim, shape.device)
+        triton_kernels.try_rows(shape.dtype, shape.head_dim, shape.group, shape.device)
     except Exception as error:  # no Triton, no compiler for what it makes, or other numbers
         return Kernels(flash_varlen), None, f"{type(error).__name__}: {error}".splitlines()[0]
     fused = Fused(triton_kernels.rotate, triton_kernels.gated)
@@ -170,11 +171,12 @@ def _with_triton(shape: Shape) -> tuple[Kernels, Fused | None, str | None]:
 
 
 def _part_of_gpu(shape: Shape, spec: EngineSpec, sizes: Mapping[str, Any]) -> int:
+    # What torch keeps between tensors is not there in one piece.
+    torch.cuda.empty_cache()
     free, _ = torch.cuda.mem_get_info(shape.device)
-    held = torch.cuda.memory_allocated(shape.device)
-    free += torch.cuda.memory_reserved(shape.device) - held
     if spec.gpu_memory_bytes is not None:
-        free = min(free, spec.gpu_memory_bytes - held)
+        kept = torch.cuda.memory_reserved(shape.device)
+        free = min(free, spec.gpu_memory_bytes - CONTEXT_BYTES - kept)
     useful = useful_bytes(shape, **sizes, prefix_tokens=GPU_PREFIX_TOKENS_PER_SLOT)
     return min(useful, int(free * GPU_SHARE))
 

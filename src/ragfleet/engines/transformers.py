@@ -94,7 +94,7 @@ class TransformersEngine:
     def _choose_loop(
         self, stops: tuple[str, ...], notes: list[str]
     ) -> tuple[SharedPrefixLoop | BatchedLoop, str | None]:
-        """The loop, and why it is not the one that shares; adds notes."""
+        """The loop, and why it is not the one that shares, or what slows that one; adds notes."""
         assert self._tokenizer is not None
         plain = BatchedLoop(self._spec, self._model, self._tokenizer, stops, self._on_tokens)
         if self._spec.prefix_sharing == "off":
@@ -120,7 +120,7 @@ class TransformersEngine:
             notes.append(degraded)
             return plain, degraded
         notes += loop.notes
-        return loop, None
+        return loop, loop.degraded
 
     def _check_device(self, reason: Unsupported) -> None:
         # Where a kernel reads what is not its own, a GPU answers nothing more to this process.

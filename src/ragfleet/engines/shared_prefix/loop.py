@@ -90,6 +90,11 @@ class SharedPrefixLoop:
             notes.append(f"the weights are not packed: {self._forward.why_not_packed}")
         return notes + self._forward.notes + self._way_notes
 
+    @property
+    def degraded(self) -> str | None:
+        """What is slower than it could be here, for the end statistics."""
+        return "; ".join(self._way_notes) or None
+
     def refusal(self, prepared: Prepared) -> Failure | None:
         """Why a prompt is not for the budget that was asked for."""
         num_tokens = len(prepared.token_ids)

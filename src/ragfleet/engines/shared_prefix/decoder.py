@@ -141,7 +141,7 @@ class _Bucket:
             max_k=cache.slot_tokens,
         )
         in_levels = Ranges(
-            starts[: num_ranges + 1],
+            starts,
             offsets[: num_ranges + 1],
             lengths[:num_ranges],
             max_q=self._most * cache.group,
@@ -153,7 +153,7 @@ class _Bucket:
             input_ids=self._ids[None],
             position_ids=self._positions[None],
             written=self._written,
-            parts=[Part(batch, True, own, in_levels if levels else None, self._absent[:levels])],
+            parts=[Part(batch, True, own, in_levels if levels else None, self._absent)],
             logit_rows=torch.arange(batch, device=device),
             slots=list(range(batch)),
         )
@@ -182,16 +182,15 @@ class _Bucket:
         asked = np.array(asked_in(levels, cache.group)).reshape(-1, 3)
         number = len(asked)
         # Ranges of levels beyond those that there are nobody asks.
-        queries = np.zeros(lengths.shape, dtype=np.int32)
+        queries = np.zeros(own, dtype=np.int32)
         queries[:number], offsets[:number], lengths[:number] = asked.T
+        queries.cumsum(dtype=np.int32, out=starts[1:])
         lengths[number:own] = 0
-        queries[own:] = cache.group
         offsets[own:] = cache.scratch
         offsets[own : own + count] = places
         lengths[own:] = 1
         lengths[own : own + count] = columns + 1
-        queries.cumsum(dtype=np.int32, out=starts[1:])
-        absent[:-1] = absent_in(levels, self._batch)
+        absent[:] = absent_in(levels, self._batch)
         if draws:
             all_draws[: len(draws), :count] = draws
         self._loaded.copy_(self._host)
@@ -221,17 +220,18 @@ def _loadable(
     size: tuple[int, int, int], device: torch.device
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """All that a `_Bucket` loads, in one stretch for one copy, and the views of it: ids, positions,
-    places and 1 for a row, 0 for none; starts, offsets and lengths of ranges, those of the rows'
-    own parts last; absent; draws; the next step."""
+    places and 1 for a row, 0 for none; starts of the levels' ranges; offsets and lengths of ranges,
+    those of the rows' own parts last; absent; draws; the next step."""
     batch, levels, num_ranges = size
     count = num_ranges + batch
-    sizes = (4 * batch, (3 * count + 2) // 2, (levels + 1) * batch // 8, BURST_STEPS * batch, 1)
+    of_ranges = (num_ranges + 1, count + 1, count)
+    sizes = (4 * batch, -(-sum(of_ranges) // 2), levels * batch // 8, BURST_STEPS * batch, 1)
     whole = torch.zeros(sum(sizes), dtype=torch.int64, device=device)
     longs, ints, absent, draws, at = whole.split(sizes)
     return whole, [
         longs.view(4, batch),
-        *ints.view(torch.int32).split((count + 1, count + 1, count)),
-        absent.view(torch.bool).view(levels + 1, batch),
+        *ints.view(torch.int32)[: sum(of_ranges)].split(of_ranges),
+        absent.view(torch.bool).view(levels, batch),
         draws.view(torch.float64).view(BURST_STEPS, batch),
         at,
     ]

@@ -43,30 +43,6 @@ def common_tokens(a: bytes, b: bytes, known: int = 0) -> int:
     return low
 
 
-class SortedPrompts:
-    """Packed prompts in the order of their bytes: those that begin alike stand side by side, and
-    are found among hundreds without looking at each."""
-
-    def __init__(self, prompts: Iterable[bytes] = ()) -> None:
-        self._prompts = sorted(prompts)
-
-    def add(self, packed: bytes) -> None:
-        insort(self._prompts, packed)
-
-    def remove(self, packed: bytes) -> None:
-        del self._prompts[bisect_left(self._prompts, packed)]
-
-    def like(self, packed: bytes, num_tokens: int) -> list[bytes]:
-        """Others than `packed`, which is one of them, that begin with so many of its tokens."""
-        begin = packed[: num_tokens * ID_BYTES]
-        start = stop = bisect_left(self._prompts, begin)
-        while stop < len(self._prompts) and self._prompts[stop].startswith(begin):
-            stop += 1
-        found = self._prompts[start:stop]
-        del found[bisect_left(self._prompts, packed) - start]
-        return found
-
-
 Children = dict[bytes, list["Node"]]
 """By their first LEAST_SHARED tokens, for hundreds may stand below one; shorter ones under b""."""
 

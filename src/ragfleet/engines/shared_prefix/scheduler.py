@@ -31,12 +31,12 @@ from ragfleet.engines.shared_prefix.prefixes import (
     MOST_SHARED_LEVELS,
     Node,
     PrefixTree,
-    SortedPrompts,
     common_tokens,
     pack,
     shared_ends,
 )
 from ragfleet.engines.shared_prefix.rounds import Rounds
+from ragfleet.engines.shared_prefix.waiting import Waiting
 
 OWN_TOKENS: Final = 64
 """Most prompt tokens that stand in a slot, beside the answer; longer rests get a node."""
@@ -131,7 +131,6 @@ class _Entry:
 
 
 _order: Final = attrgetter("order")
-_packed: Final = attrgetter("packed")
 
 
 class Scheduler:
@@ -146,8 +145,7 @@ class Scheduler:
         self._tree = PrefixTree()
         self._pool = Pool(limits.pool_tokens)
         self._slots = list(range(limits.num_slots))  # a heap: low slots first
-        self._waiting: deque[_Entry] = deque()
-        self._waiting_prompts = SortedPrompts()
+        self._waiting: Waiting[_Entry] = Waiting()
         self._reading: deque[Node | _Entry] = deque()
         self._running: dict[int, _Entry] = {}
         self._decoding: list[_Entry] = []
@@ -174,9 +172,7 @@ class Scheduler:
         """Raises ValueError for what can't be admitted."""
         if not token_ids or not self.fits(len(token_ids)):
             raise ValueError(f"a prompt of {len(token_ids)} tokens")
-        packed = pack(token_ids)
-        self._waiting.append(_Entry(key, token_ids, packed))
-        self._waiting_prompts.add(packed)
+        self._waiting.append(_Entry(key, token_ids, pack(token_ids)))
 
     def key_of(self, slot: int) -> RequestKey:
         """The request that holds a slot, from its first run on."""
@@ -210,11 +206,8 @@ class Scheduler:
 
     def drop(self, key: RequestKey) -> bool:
         """Forget a request that waits; False for one that was admitted, or that nobody knows."""
-        kept = [entry for entry in self._waiting if entry.key != key]
-        dropped = len(kept) < len(self._waiting)
-        self._waiting = deque(kept)
+        dropped = self._waiting.drop(key)
         if dropped:
-            self._waiting_prompts = SortedPrompts(map(_packed, kept))
             self._rounds.forget_refused()
         return dropped
 
@@ -232,10 +225,7 @@ class Scheduler:
 
     def take_waiting(self) -> list[RequestKey]:
         """Forget all that waits; their keys."""
-        keys = [entry.key for entry in self._waiting]
-        self._waiting.clear()
-        self._waiting_prompts = SortedPrompts()
-        return keys
+        return self._waiting.clear()
 
     # ---- a pass
 
@@ -315,7 +305,7 @@ class Scheduler:
             return False
         if not self._rounds.may_admit(self.num_admitted, len(self._waiting)):
             return False
-        entry = self._waiting[0]
+        entry = self._waiting.first
         chain = self._tree.match(entry.packed)
         new = self._grow(entry, chain)
         if new is None and not self.num_admitted:
@@ -327,7 +317,6 @@ class Scheduler:
             self._rounds.refused(self.num_admitted)
             return False
         self._waiting.popleft()
-        self._waiting_prompts.remove(entry.packed)
         self._reading += new
         entry.cached_tokens = chain[-1].end if chain else 0
         self._put(entry, chain + new)
@@ -356,7 +345,7 @@ class Scheduler:
     def _new_ends(self, entry: _Entry, chain: Sequence[Node]) -> list[int]:
         """Where the nodes end that `entry`, the first that waits, needs below `chain`."""
         begin = chain[-1].end if chain else 0
-        others = self._waiting_prompts.like(entry.packed, begin + LEAST_SHARED)
+        others = self._waiting.like_first(begin + LEAST_SHARED)
         levels = MOST_SHARED_LEVELS - len(chain)
         own_tokens = self.limits.own_tokens
         ends = shared_ends(entry.packed, others, begin, levels, own_tokens) if levels > 0 else []

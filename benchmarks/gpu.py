@@ -17,9 +17,11 @@ arms answer the same random token ids (`gpu_work.py`) with the same model object
   vllm        raw `LLM.generate` in this interpreter, with `--vllm`, after all others
 
 Random weights end no answer, so each request says how long its answer is, and all arms stop
-there. `--seconds` is for all of it. Arms that would take too long answer a part of the requests,
-whose time is scaled by tokens (`gpu_trials.py`); it is said where that is so. Ours has four tenths
-of the free memory for keys and values, continuous batching six tenths of the rest.
+there. Arms answer all requests in each of three rounds. But naive answers one and static a batch,
+others in each round, and their time is scaled by tokens (`gpu_trials.py`). These two and `unshared`
+take three rounds only where the aims are, for their work knows no shares.
+`--seconds` is for all of it: what it does not hold is left out. Ours has four tenths of the free
+memory for keys and values, continuous batching six tenths of the rest.
 
 `% of roofline`: the longer one of the arithmetic at the speed of a large matrix product and of the
 traffic at that of a large copy, both measured first, each shared token read once, over the time.
@@ -55,10 +57,12 @@ from gpu_check import check, profile
 from gpu_continuous import Continuous
 from gpu_report import AIM_SHARE, add_to, announce, recap, report
 from gpu_trials import Answers, Arm, Trial, measure, ratio
-from gpu_work import SIZES, Cell, make_requests
+from gpu_work import SIZES, Cell, Size, make_requests
 from ragfleet.engines.shared_prefix.loop import Unsupported
 
 ARMS: Final = ("naive", "static", "continuous", "stock", "unshared", "ours")
+SHARE_NOTHING: Final = ("naive", "static", "unshared")
+"""One round of these is enough where the aims are not: what they do knows no shares."""
 Done = tuple[Cell, dict[str, Any], dict[str, tuple[list[float], Answers]]]
 """A cell, what was kept of it, and each arm's times and answers."""
 GRACE_S: Final = 45
@@ -72,7 +76,8 @@ VLLM_PART: Final = 0.35
 
 def run_size(args: argparse.Namespace, name: str) -> None:
     until_s = time.monotonic() + args.until - time.time()
-    device, size, cells = device_of(args), SIZES[name], cells_of(args)
+    device, size = device_of(args), SIZES[name]
+    cells = cells_of(args, size)
     machine = measure_machine(device, torch.bfloat16)
     started_s = time.monotonic()
     model = make_model(size, torch.bfloat16, device)
@@ -98,9 +103,12 @@ def run_size(args: argparse.Namespace, name: str) -> None:
     for index, cell in enumerate(cells):
         cell_until_s = part_of(arms_until_s, cells[index:])
         requests = make_requests(cell, size.vocab)
-        trials = [Trial(arm, requests, cell.share, time.monotonic) for arm in arms]
+        trials = [
+            Trial(arm, requests, cell.share, time.monotonic, rounds_of(args, arm, cell))
+            for arm in arms
+        ]
         announce(name, cell, requests)
-        measure(trials, rounds=args.rounds, until_s=cell_until_s, clock=time.monotonic, say=say)
+        measure(trials, until_s=cell_until_s, clock=time.monotonic, say=say)
         record = {"size": name, "machine": vars(machine), "model_s": model_s}
         record |= report(host, size, machine, cell, trials)
         add_to(args.json, record)
@@ -121,6 +129,11 @@ def part_of(until_s: float, cells: Sequence[Cell]) -> float:
     costs = [(1 + cell.context_tokens / 4096) * (1 + (cell.share == AIM_SHARE)) for cell in cells]
     now_s = time.monotonic()
     return now_s + (until_s - now_s) * costs[0] / sum(costs)
+
+
+def rounds_of(args: argparse.Namespace, arm: Arm, cell: Cell) -> int:
+    rounds: int = args.rounds
+    return 1 if arm.name in SHARE_NOTHING and cell.share != AIM_SHARE else rounds
 
 
 def make_arms(host: Host, names: Sequence[str]) -> list[Arm]:
@@ -145,12 +158,12 @@ def make_arms(host: Host, names: Sequence[str]) -> list[Arm]:
     return arms
 
 
-def cells_of(args: argparse.Namespace) -> list[Cell]:
+def cells_of(args: argparse.Namespace, size: Size) -> list[Cell]:
     """What the aims are about first, so that it has its time even if others take more."""
     cells = []
     for share in sorted(args.shares, reverse=True):
         for context in sorted(args.contexts):
-            number = args.requests or (512 if context < 2048 else 256)
+            number = args.requests or size.requests // (1 if context < 2048 else 4)
             tiny: Any = {"head_tokens": 20, "question_tokens": (4, 9), "answer_tokens": (3, 8)}
             cells.append(
                 Cell(
@@ -174,15 +187,9 @@ def run_vllm(
     arm = RawVllm(checkpoint, max(cell.most_tokens for cell in cells))
     for index, (cell, record, others) in enumerate(done):
         requests = make_requests(cell, SIZES[name].vocab)
-        trial = Trial(arm, requests, cell.share, time.monotonic)
+        trial = Trial(arm, requests, cell.share, time.monotonic, args.rounds)
         announce(name, cell, requests)
-        measure(
-            [trial],
-            rounds=args.rounds,
-            until_s=part_of(until_s, cells[index:]),
-            clock=time.monotonic,
-            say=say,
-        )
+        measure([trial], until_s=part_of(until_s, cells[index:]), clock=time.monotonic, say=say)
         ratios = {}
         for other, (seconds, answers) in others.items():
             ratios[other] = ratio(Trial(arm, requests, 1, time.monotonic, seconds=seconds), trial)
@@ -279,7 +286,7 @@ def parse_args() -> argparse.Namespace:
     if args.vllm and importlib.util.find_spec("vllm") is None:
         parser.error("--vllm: this interpreter has no vLLM")
     if args.tiny:
-        args.sizes, args.requests = ["tiny"], args.requests or 16
+        args.sizes = ["tiny"]
         args.slots, args.static_batch = args.slots or 8, args.static_batch or 4
     args.shares = args.shares or ([1, 4] if args.tiny else [1, 4, 16])
     args.contexts = args.contexts or ([40] if args.tiny else [512, 4096])

@@ -245,8 +245,7 @@ class OnHost:
     """What arms have in common, those that share contexts and build nothing of their own."""
 
     name: str
-    least: int
-    weight: float
+    part: int | None = None
 
     def __init__(self, host: Host) -> None:
         self.host = host
@@ -267,7 +266,7 @@ class OnHost:
 class Naive(OnHost):
     """`generate`, one by one."""
 
-    name, least, weight = "naive", 1, 1.0
+    name, part = "naive", 1
 
     def open(self, requests: Sequence[Prepared]) -> None:
         # The first call of `generate` takes seconds more than those that follow.
@@ -298,14 +297,14 @@ class Naive(OnHost):
 class Static(OnHost):
     """The package's plain batches of like lengths."""
 
-    name, weight = "static", 1.0
+    name = "static"
 
     def __init__(self, host: Host) -> None:
         super().__init__(host)
-        self.least = host.plain.batch_size
+        self.part: int = host.plain.batch_size
 
     def group(self, share: int) -> int:
-        return self.least
+        return self.part
 
     def run(self, requests: Sequence[Prepared]) -> tuple[float, Answers]:
         ordered = sorted(requests, key=lambda request: -len(request.token_ids))
@@ -323,9 +322,7 @@ class Ours(OnHost):
         self.read_tokens = 0
         """Prompt tokens that the last run computed."""
         self.name = "ours" if shares else "unshared"
-        self.weight = 2.5 if shares else 2.0
         assert host.loop is not None
-        self.least = min(16, host.loop.batch_size)
 
     def run(self, requests: Sequence[Prepared]) -> tuple[float, Answers]:
         loop = self.host.loop

@@ -36,14 +36,10 @@ class Continuous(OnHost):
     It is made at a cell's first run and kept until its last one, warm, as a loop of ours is.
     """
 
-    weight = 6.0
-
     def __init__(self, host: Host, *, stock: bool) -> None:
         """`stock`: with the attention that transformers chooses by itself."""
         super().__init__(host)
         self.name = "stock" if stock else "continuous"
-        # Fewer, and its passes are far from what they can do.
-        self.least = 16 if host.is_toy else 64
         self.what = "what transformers chooses"
         self._requests: Sequence[Prepared] = ()
         self._manager: Any = None

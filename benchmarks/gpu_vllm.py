@@ -19,7 +19,7 @@ from ragfleet.engines.protocol import Prepared
 class RawVllm:
     """Its own scheduler and prefix cache, as its documentation shows it; groups together."""
 
-    name, least, weight = "vllm", 16, 1.0
+    name, part = "vllm", None
 
     def __init__(self, checkpoint: Path, most_tokens: int) -> None:
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # one process: one GPU

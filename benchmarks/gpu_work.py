@@ -36,6 +36,8 @@ class Size:
     tied: bool = False
     initializer_range: float = 0.02
     """Large enough that the next token depends on the prompt, small enough for bf16."""
+    requests: int = 16
+    """Of a cell whose contexts are short; a quarter of it where they are long."""
 
     @property
     def layer_weights(self) -> int:
@@ -69,6 +71,7 @@ SIZES: Final = {
         vocab=128_256,
         tied=True,
         initializer_range=0.03,
+        requests=512,
     ),
     "8b": Size(  # Llama 3.1 8B's shape
         hidden=4096,
@@ -78,6 +81,7 @@ SIZES: Final = {
         head_dim=128,
         intermediate=14_336,
         vocab=128_256,
+        requests=256,
     ),
     "tiny": Size(
         hidden=64,

@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import takewhile
 from pathlib import Path
 
@@ -92,12 +92,12 @@ class Clock:
 class FakeArm:
     """Takes a second for each request, and `first_s` more at its first run."""
 
-    name, weight = "fake", 1.0
+    name = "fake"
 
-    def __init__(self, clock: Clock, *, per_request_s: float = 1, first_s: float = 0) -> None:
-        self.clock, self.per_request_s, self.first_s = clock, per_request_s, first_s
-        self.least = 1
-        self.counts: list[int] = []
+    def __init__(self, clock: Clock, *, part: int | None = None, first_s: float = 0) -> None:
+        self.clock, self.part, self.first_s = clock, part, first_s
+        self.per_request_s = 1.0
+        self.keys: list[list[bytes]] = []
         self.is_open = False
 
     def group(self, share: int) -> int:
@@ -112,74 +112,53 @@ class FakeArm:
     def run(self, requests: Sequence[Prepared]) -> tuple[float, Answers]:
         assert self.is_open
         seconds = self.per_request_s * len(requests)
-        self.clock.now_s += seconds + (0 if self.counts else self.first_s)
-        self.counts.append(len(requests))
+        self.clock.now_s += seconds + (0 if self.keys else self.first_s)
+        self.keys.append([request.key for request in requests])
         return seconds, {r.key: [0] * answer_tokens(r) for r in requests}
 
 
-def measured(arm: FakeArm, clock: Clock, until_s: float) -> Trial:
-    trial = Trial(arm, make_requests(CELL, VOCAB), 4, clock)
-    measure([trial], rounds=3, until_s=until_s, clock=clock, say=lambda _: None)
+def measured(arm: FakeArm, until_s: float, say: Callable[[str], None] = lambda _: None) -> Trial:
+    trial = Trial(arm, make_requests(CELL, VOCAB), 4, arm.clock)
+    measure([trial], until_s=until_s, clock=arm.clock, say=say)
     assert not arm.is_open
     return trial
 
 
-def test_all_requests_where_there_is_time() -> None:
-    clock = Clock()
-    trial = measured(FakeArm(clock, first_s=10), clock, 1000)
+def test_all_requests_after_a_part_that_warms_up() -> None:
+    arm = FakeArm(Clock(), first_s=10)
+    trial = measured(arm, 1000)
+    assert [len(keys) for keys in arm.keys] == [8, 28, 28, 28]
     assert (trial.count, trial.seconds, trial.notes) == (28, [28.0] * 3, [])
     assert not trial.is_sampled
 
 
-def test_a_sample_where_there_is_less_scaled_to_all() -> None:
-    clock = Clock()
-    trial = measured(FakeArm(clock), clock, 60)
-    assert trial.count in (12, 16)
-    assert len(trial.seconds) == 3
-    assert clock.now_s < 75
+def test_a_part_is_scaled_to_all_and_another_in_each_round() -> None:
+    arm = FakeArm(Clock(), part=8)
+    trial = measured(arm, 1000)
+    assert [len(keys) for keys in arm.keys] == [8] * 3
+    assert len({tuple(keys) for keys in arm.keys}) == 3
+    assert (trial.count, trial.is_sampled) == (8, True)
     for seconds in trial.seconds:  # exact but for the lengths of what was picked
         assert seconds == pytest.approx(28, rel=0.2)
 
 
-def test_a_batch_that_costs_little_more_takes_all() -> None:
-    class Batches(FakeArm):
-        def run(self, requests: Sequence[Prepared]) -> tuple[float, Answers]:
-            self.per_request_s = 2 / len(requests) + 0.001
-            return super().run(requests)
-
-    clock = Clock()
-    trial = measured(Batches(clock), clock, 18)
-    assert trial.count == 28
-    assert len(trial.seconds) == 3
-
-
-def test_one_round_where_the_smallest_sample_is_too_long() -> None:
-    clock = Clock()
-    arm = FakeArm(clock, per_request_s=100)
-    trial = measured(arm, clock, 60)
-    assert arm.counts == [4]
-    assert len(trial.seconds) == 1
-    assert "one round" in trial.notes[0]
-
-
-def test_what_a_first_run_builds_does_not_make_the_sample_small() -> None:
-    clock = Clock()
-    arm = FakeArm(clock, per_request_s=0.1, first_s=20)
-    assert measured(arm, clock, 40).count == 28
-    assert arm.counts[:2] == [4, 4]
-
-
 def test_rounds_that_do_not_fit_are_left_out_and_said_to_be() -> None:
-    clock = Clock()
-    arm = FakeArm(clock)
+    arm = FakeArm(Clock())
 
     def slower(turn: str) -> None:
         arm.per_request_s = 5
 
-    trial = Trial(arm, make_requests(CELL, VOCAB), 4, clock)
-    measure([trial], rounds=3, until_s=120, clock=clock, say=slower)
-    assert len(trial.seconds) == 1
-    assert trial.notes == ["1 of 3 rounds: the time was over"]
+    trial = measured(arm, 8 + 28 + 5 * 28, slower)
+    assert trial.seconds == [28, 5 * 28]
+    assert trial.notes == ["2 of 3 rounds: the time was over"]
+
+
+def test_an_arm_that_could_not_end_is_not_begun() -> None:
+    arm = FakeArm(Clock())
+    trial = measured(arm, 30)
+    assert arm.clock.now_s < 30
+    assert trial.seconds == []
+    assert trial.notes == ["0 of 3 rounds: the time was over"]
 
 
 def test_an_arm_that_fails_leaves_the_others_alone() -> None:
@@ -191,10 +170,8 @@ def test_an_arm_that_fails_leaves_the_others_alone() -> None:
             return seconds, {key: answer[:-1] for key, answer in answers.items()}
 
     requests = make_requests(CELL, VOCAB)
-    trials = [
-        Trial(arm, requests, 4, clock) for arm in (Short(clock), FakeArm(clock, per_request_s=2))
-    ]
-    measure(trials, rounds=2, until_s=1000, clock=clock, say=lambda _: None)
+    trials = [Trial(arm, requests, 4, clock, rounds=2) for arm in (Short(clock), FakeArm(clock))]
+    measure(trials, until_s=1000, clock=clock, say=lambda _: None)
     assert trials[0].failed
     assert "asked for" in trials[0].notes[0]
     assert len(trials[1].seconds) == 2

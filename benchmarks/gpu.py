@@ -14,7 +14,8 @@ arms answer the same random token ids (`gpu_work.py`) with the same model object
   stock       the same with the attention that transformers chooses by itself; only if asked for
   unshared    our loop, each prompt read whole
   ours        our loop
-  vllm        raw `LLM.generate` in this interpreter, with `--vllm`, after all others
+  vllm        raw `LLM.generate`; only if asked for, and when all those above are done
+  ours_on_vllm  this package's engine on it, likewise
 
 Random weights end no answer, so each request says how long its answer is, and all arms stop
 there. Arms answer all requests in each of three rounds. But naive answers one and static a batch,
@@ -41,7 +42,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -60,15 +63,17 @@ from gpu_trials import Answers, Arm, Trial, measure, ratio
 from gpu_work import SIZES, Cell, Size, make_requests
 from ragfleet.engines.shared_prefix.loop import Unsupported
 
-ARMS: Final = ("naive", "static", "continuous", "stock", "unshared", "ours")
+ARMS: Final = ("naive", "static", "continuous", "unshared", "ours")
+VLLM_ARMS: Final = ("vllm", "ours_on_vllm")
+ALL_ARMS: Final = (*ARMS, "stock", *VLLM_ARMS)
 SHARE_NOTHING: Final = ("naive", "static", "unshared")
 """One round of these is enough where the aims are not: what they do knows no shares."""
 Done = tuple[Cell, dict[str, Any], dict[str, tuple[list[float], Answers]]]
 """A cell, what was kept of it, and each arm's times and answers."""
 GRACE_S: Final = 45
 """A size that takes so much longer than it may is ended: an arm hangs."""
-VLLM_PART: Final = 0.35
-"""Of the time, where vLLM is asked for: it compiles and captures for minutes."""
+VLLM_PART: Final = 0.3
+"""Of the time, for each arm of vLLM's: it compiles and captures for a minute."""
 
 
 # ---- one size, in a process of its own
@@ -98,7 +103,8 @@ def run_size(args: argparse.Namespace, name: str) -> None:
     if args.profile and host.loop is not None:
         profile(host, make_requests(cells[0], size.vocab), args.profile)
         say(f"  {args.profile}: one pass of reading and one of decoding\n")
-    arms_until_s = until_s - (VLLM_PART * (until_s - time.monotonic()) if args.vllm else 0)
+    on_vllm = [arm for arm in VLLM_ARMS if arm in args.arms]
+    arms_until_s = until_s - VLLM_PART * len(on_vllm) * (until_s - time.monotonic())
     done: list[Done] = []
     for index, cell in enumerate(cells):
         cell_until_s = part_of(arms_until_s, cells[index:])
@@ -114,13 +120,13 @@ def run_size(args: argparse.Namespace, name: str) -> None:
         add_to(args.json, record)
         done.append((cell, record, {t.arm.name: (t.seconds, t.answers) for t in trials}))
     recap(name, [record for _, record, _ in done])
-    if args.vllm:
+    if on_vllm:
         with tempfile.TemporaryDirectory() as folder:
             host.close()  # first: ours renames layers while it uses them
             model.save_pretrained(folder)
             del model, host.model, host.plain, arms, trials
             host.free()
-            run_vllm(args, name, Path(folder), done, until_s)
+            run_vllm(args, name, on_vllm, Path(folder), done, until_s)
 
 
 def part_of(until_s: float, cells: Sequence[Cell]) -> float:
@@ -145,7 +151,7 @@ def make_arms(host: Host, names: Sequence[str]) -> list[Arm]:
         "unshared": lambda: Ours(host, False),
         "ours": lambda: Ours(host, True),
     }
-    wanted = [name for name in ARMS if name in names]
+    wanted = [name for name in makers if name in names]
     if {"ours", "unshared"} & set(wanted):
         try:
             host.start()
@@ -177,32 +183,54 @@ def cells_of(args: argparse.Namespace, size: Size) -> list[Cell]:
 
 
 def run_vllm(
-    args: argparse.Namespace, name: str, checkpoint: Path, done: Sequence[Done], until_s: float
+    args: argparse.Namespace,
+    name: str,
+    wanted: Sequence[str],
+    checkpoint: Path,
+    done: Sequence[Done],
+    until_s: float,
 ) -> None:
     """vLLM on the same cells, beside the times that the others had."""
-    from gpu_vllm import RawVllm
+    from gpu_vllm import OursOnVllm, RawVllm
 
-    say(f"\n{name}, vllm\n")
     cells = [cell for cell, _, _ in done]
-    arm = RawVllm(checkpoint, max(cell.most_tokens for cell in cells))
-    for index, (cell, record, others) in enumerate(done):
-        requests = make_requests(cell, SIZES[name].vocab)
-        trial = Trial(arm, requests, cell.share, time.monotonic, args.rounds)
-        announce(name, cell, requests)
-        measure([trial], until_s=part_of(until_s, cells[index:]), clock=time.monotonic, say=say)
-        ratios = {}
-        for other, (seconds, answers) in others.items():
-            ratios[other] = ratio(Trial(arm, requests, 1, time.monotonic, seconds=seconds), trial)
-            common = [key for key in answers if key in trial.answers]
-            alike = sum(answers[key][0] == trial.answers[key][0] for key in common)
-            say(
-                f"  {other:11} {ratios[other] or float('nan'):.2f} x vllm, first tokens alike"
-                f" {alike}/{len(common)}\n"
-            )
-        say("".join(f"  {note}\n" for note in trial.notes))
-        found = {"seconds": trial.seconds, "requests": trial.count, "notes": trial.notes}
-        record["arms"]["vllm"] = found | {"others_x_vllm": ratios}
-        add_to(args.json, record)
+    most_tokens = max(cell.most_tokens for cell in cells)
+    most_new = max(cell.answer_tokens[1] for cell in cells)
+    makers = [make for make in (RawVllm, OursOnVllm) if make.name in wanted]
+    for place, make in enumerate(makers):
+        until = time.monotonic() + (until_s - time.monotonic()) / (len(makers) - place)
+        try:
+            arm = make(checkpoint, most_tokens, most_new)
+        except Exception as error:  # whatever vLLM raises; the other one may go
+            traceback.print_exc()
+            say(f"\n{name}, {make.name}: failed: {type(error).__name__}: {error}\n")
+            continue
+        say("".join(f"  {note}\n" for note in getattr(arm, "notes", ())))
+        for index, (cell, record, others) in enumerate(done):
+            requests = make_requests(cell, SIZES[name].vocab)
+            trial = Trial(arm, requests, cell.share, time.monotonic, args.rounds)
+            announce(f"{name}, {arm.name}", cell, requests)
+            measure([trial], until_s=part_of(until, cells[index:]), clock=time.monotonic, say=say)
+            record["arms"][arm.name] = beside(trial, others)
+            others[arm.name] = (trial.seconds, trial.answers)
+            add_to(args.json, record)
+        arm.end()
+
+
+def beside(trial: Trial, others: Mapping[str, tuple[list[float], Answers]]) -> dict[str, Any]:
+    """Print how many times faster `trial` is than each of the others, and give it for the JSON."""
+    ratios = {}
+    for other, (seconds, answers) in others.items():
+        ratios[other] = ratio(trial, replace(trial, seconds=seconds))
+        common = [key for key in answers if key in trial.answers]
+        alike = sum(answers[key][0] == trial.answers[key][0] for key in common)
+        say(
+            f"  {ratios[other] or float('nan'):.2f} x {other}, first tokens alike"
+            f" {alike}/{len(common)}\n"
+        )
+    say("".join(f"  {note}\n" for note in trial.notes))
+    found = {"seconds": trial.seconds, "median_s": trial.median_s, "requests": trial.count}
+    return found | {"notes": trial.notes, "x_others": ratios}
 
 
 # ---- the whole
@@ -271,26 +299,25 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--shares", nargs="+", type=int, help="requests of a context")
     parser.add_argument("--contexts", nargs="+", type=int, help="tokens")
     parser.add_argument("--requests", type=int, help="of a cell")
-    parser.add_argument("--arms", nargs="+", choices=ARMS)
+    parser.add_argument("--arms", nargs="+", choices=ALL_ARMS)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=480, help="for the whole table")
     parser.add_argument("--slots", type=int, help="of ours; the package's default if left out")
     parser.add_argument("--static_batch", type=int, help="the package's default if left out")
-    parser.add_argument("--vllm", action="store_true", help="also vLLM, if it is installed here")
     parser.add_argument("--tiny", action="store_true", help="toy sizes, on the CPU")
     parser.add_argument("--profile", type=Path, help="where torch.profiler's tables of ours go")
     parser.add_argument("--json", type=Path, help="also write what was measured here")
     parser.add_argument("--inside", help=argparse.SUPPRESS)
     parser.add_argument("--until", type=float, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.vllm and importlib.util.find_spec("vllm") is None:
-        parser.error("--vllm: this interpreter has no vLLM")
     if args.tiny:
         args.sizes = ["tiny"]
         args.slots, args.static_batch = args.slots or 8, args.static_batch or 4
     args.shares = args.shares or ([1, 4] if args.tiny else [1, 4, 16])
     args.contexts = args.contexts or ([40] if args.tiny else [512, 4096])
-    args.arms = args.arms or [arm for arm in ARMS if arm != "stock" or args.tiny]
+    args.arms = args.arms or [*ARMS, *(["stock"] if args.tiny else [])]
+    if {*VLLM_ARMS} & {*args.arms} and importlib.util.find_spec("vllm") is None:
+        parser.error("--arms: this interpreter has no vLLM")
     return args
 
 

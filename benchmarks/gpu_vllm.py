@@ -1,19 +1,38 @@
-"""Raw `vllm.LLM.generate` on what `gpu.py` measured, from a checkpoint of the same weights.
+"""vLLM on what `gpu.py` measured, from a checkpoint of the same weights: as its documentation shows
+it, and behind this package's engine.
 
 vLLM is no dependency: it is imported where somebody asks for it, once the others' memory is free.
+Both arms have vLLM in a process of its own, which is its default, and ends with `end`.
 """
 
 from __future__ import annotations
 
-import os
+import gc
+import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
+from gpu_arms import drive
 from gpu_trials import Answers
 from gpu_work import answer_tokens
-from ragfleet.engines.protocol import Prepared
+from ragfleet.engines.protocol import EngineSpec, Prepared, PromptSettings, SamplingParams
+from ragfleet.engines.vllm import VllmEngine
+
+MEMORY: Final = 0.85
+"""Of the GPU, for weights, keys and values."""
+BLOCK: Final = 128
+
+
+def save_tokenizer(checkpoint: Path) -> None:
+    """One that knows a single word: prompts are ids, and answers are compared by theirs."""
+    from tokenizers import Tokenizer, models
+
+    words = models.WordLevel({"<unk>": 0}, unk_token="<unk>")  # no password
+    Tokenizer(words).save(str(checkpoint / "tokenizer.json"))
+    settings = {"chat_template": "{{ messages[-1]['content'] }}"}
+    (checkpoint / "tokenizer_config.json").write_text(json.dumps(settings))
 
 
 class RawVllm:
@@ -21,18 +40,16 @@ class RawVllm:
 
     name, part = "vllm", None
 
-    def __init__(self, checkpoint: Path, most_tokens: int) -> None:
-        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # one process: one GPU
-        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    def __init__(self, checkpoint: Path, most_tokens: int, most_new: int) -> None:
         from vllm import LLM
 
         self.llm: Any = LLM(
             str(checkpoint),
             skip_tokenizer_init=True,
             dtype="bfloat16",
-            max_model_len=-(-most_tokens // 128) * 128,
+            max_model_len=-(-most_tokens // BLOCK) * BLOCK,
             enable_prefix_caching=True,
-            gpu_memory_utilization=0.85,
+            gpu_memory_utilization=MEMORY,
         )
 
     def group(self, share: int) -> int:
@@ -44,12 +61,17 @@ class RawVllm:
     def close(self) -> None:
         pass
 
+    def end(self) -> None:
+        self.llm.llm_engine.engine_core.shutdown()
+        self.llm = None
+        gc.collect()
+
     def run(self, requests: Sequence[Prepared]) -> tuple[float, Answers]:
-        from vllm import SamplingParams
+        from vllm import SamplingParams as Params
 
         self.llm.reset_prefix_cache()
         params = [
-            SamplingParams(
+            Params(
                 max_tokens=answer_tokens(request),
                 temperature=0.0,
                 ignore_eos=True,
@@ -65,3 +87,61 @@ class RawVllm:
             request.key: list(output.outputs[0].token_ids)
             for request, output in zip(requests, outputs, strict=True)
         }
+
+
+class _OwnLengths(VllmEngine):
+    """Answers as long as their requests say. Nothing else ends them: there is no end marker."""
+
+    _wanted: int | None = None
+
+    def submit(self, prepared: Prepared) -> None:
+        self._wanted = answer_tokens(prepared)
+        super().submit(prepared)
+
+    def _sampling_params(self, seed: int | None) -> Any:
+        params = super()._sampling_params(seed)
+        if self._wanted is not None:
+            params.max_tokens = self._wanted
+        return params
+
+
+class OursOnVllm:
+    """The package's engine, as a worker drives it."""
+
+    name, part = "ours_on_vllm", None
+
+    def __init__(self, checkpoint: Path, most_tokens: int, most_new: int) -> None:
+        import torch
+
+        save_tokenizer(checkpoint)
+        self.engine = _OwnLengths(
+            EngineSpec(
+                model_dir=checkpoint,
+                sampling=SamplingParams(max_new_tokens=most_new),
+                prompts=PromptSettings(system_prompt=""),
+                precision="bf16",
+                num_gpus=int(torch.cuda.is_available()),
+                num_threads=torch.get_num_threads(),
+                max_model_len=-(-most_tokens // BLOCK) * BLOCK,
+                engine_options={"gpu_memory_utilization": MEMORY},
+            )
+        )
+        self.notes = self.engine.start().notes
+
+    def group(self, share: int) -> int:
+        return share
+
+    def open(self, requests: Sequence[Prepared]) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+    def end(self) -> None:
+        self.engine.close()
+
+    def run(self, requests: Sequence[Prepared]) -> tuple[float, Answers]:
+        self.engine._llm.reset_prefix_cache()
+        started = time.perf_counter()
+        answers = drive(self.engine, requests)
+        return time.perf_counter() - started, answers

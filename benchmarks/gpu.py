@@ -110,7 +110,7 @@ def run_size(args: argparse.Namespace, name: str) -> None:
         cell_until_s = part_of(arms_until_s, cells[index:])
         requests = make_requests(cell, size.vocab)
         trials = [
-            Trial(arm, requests, cell.share, time.monotonic, rounds_of(args, arm, cell))
+            Trial(arm, requests, cell.share, rounds_of(args, arm, cell))
             for arm in arms
         ]
         announce(name, cell, requests)
@@ -208,7 +208,7 @@ def run_vllm(
         say("".join(f"  {note}\n" for note in getattr(arm, "notes", ())))
         for index, (cell, record, others) in enumerate(done):
             requests = make_requests(cell, SIZES[name].vocab)
-            trial = Trial(arm, requests, cell.share, time.monotonic, args.rounds)
+            trial = Trial(arm, requests, cell.share, args.rounds)
             announce(f"{name}, {arm.name}", cell, requests)
             measure([trial], until_s=part_of(until, cells[index:]), clock=time.monotonic, say=say)
             record["arms"][arm.name] = beside(trial, others)

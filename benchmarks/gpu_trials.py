@@ -52,14 +52,13 @@ class Trial:
     arm: Arm
     requests: Sequence[Prepared]
     share: int
-    clock: Callable[[], float]
     rounds: int = 3
     count: int = 0
     """Requests of a round."""
     seconds: list[float] = field(default_factory=list)
     """Of each round, scaled to all requests."""
-    wall_s: float = 0.0
-    """That a round takes, with what does not count."""
+    expected_s: float = 0.0
+    """That a round takes, by the last one."""
     answers: Answers = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     failed: bool = False
@@ -86,7 +85,6 @@ class Trial:
 
     def _once(self, count: int, turn: int = 0) -> float | None:
         part = sample(self.requests, count, self.arm.group(self.share), turn)
-        started = self.clock()
         try:
             seconds, answers = self.arm.run(part)
             check(part, answers)
@@ -96,7 +94,7 @@ class Trial:
             self.notes.append(f"failed: {type(error).__name__}: {error}".splitlines()[0][:300])
             return None
         scale = work(self.requests) / work(part)
-        self.wall_s = (self.clock() - started) * (scale if self.arm.part is None else 1)
+        self.expected_s = seconds * (scale if self.arm.part is None else 1)
         self.count = len(part)
         self.answers |= answers
         return seconds * scale
@@ -127,7 +125,7 @@ def measure(
         for trial in trials:
             if trial.failed or number >= trial.rounds:
                 continue
-            if trial.wall_s > until_s - clock():
+            if trial.expected_s > until_s - clock():
                 trial.notes.append(f"{number} of {trial.rounds} rounds: the time was over")
                 trial.rounds = number
                 continue

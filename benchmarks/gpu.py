@@ -18,9 +18,10 @@ arms answer the same random token ids (`gpu_work.py`) with the same model object
   ours_on_vllm  this package's engine on it, likewise
 
 Random weights end no answer, so each request says how long its answer is, and all arms stop
-there. Arms answer all requests in each of three rounds. But naive answers one and static a batch,
-others in each round, and their time is scaled by tokens (`gpu_trials.py`). These two and `unshared`
-take three rounds only where the aims are, for their work knows no shares.
+there. Arms answer all requests in each of three rounds, and in each round other ids, which no cache
+knows. But naive answers one and static a batch, and their time is scaled by tokens
+(`gpu_trials.py`). These two and `unshared` take three rounds only where the aims are, for their
+work knows no shares.
 `--seconds` is for all of it: what it does not hold is left out. Ours has four tenths of the free
 memory for keys and values, continuous batching six tenths of the rest.
 
@@ -35,16 +36,19 @@ in an fp32 copy of the model.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import gc
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final
 
@@ -58,9 +62,10 @@ import transformers
 from gpu_arms import Host, Naive, Ours, Static, make_model, measure_machine
 from gpu_check import check, profile
 from gpu_continuous import Continuous
-from gpu_report import AIM_SHARE, add_to, announce, recap, report
-from gpu_trials import Answers, Arm, Trial, measure, ratio
-from gpu_work import SIZES, Cell, Size, make_requests
+from gpu_report import AIM_SHARE, add_to, announce, beside, recap, report
+from gpu_trials import Answers, Arm, Trial, measure
+from gpu_work import SIZES, Cell, Size, in_other_ids, make_requests
+from ragfleet.engines.protocol import Prepared
 from ragfleet.engines.shared_prefix.loop import Unsupported
 
 ARMS: Final = ("naive", "static", "continuous", "unshared", "ours")
@@ -108,25 +113,30 @@ def run_size(args: argparse.Namespace, name: str) -> None:
     done: list[Done] = []
     for index, cell in enumerate(cells):
         cell_until_s = part_of(arms_until_s, cells[index:])
-        requests = make_requests(cell, size.vocab)
-        trials = [
-            Trial(arm, requests, cell.share, rounds_of(args, arm, cell))
-            for arm in arms
-        ]
-        announce(name, cell, requests)
-        measure(trials, until_s=cell_until_s, clock=time.monotonic, say=say)
+        prompts = prompts_of(cell, size, args.rounds)
+        trials = [Trial(arm, prompts[: 1 + rounds_of(args, arm, cell)], cell.share) for arm in arms]
+        announce(name, cell, prompts[1])
         record = {"size": name, "machine": vars(machine), "model_s": model_s}
-        record |= report(host, size, machine, cell, trials)
+        if trials:
+            measure(trials, until_s=cell_until_s, clock=time.monotonic, say=say)
+            record |= report(host, size, machine, cell, trials)
+        else:
+            record |= {"cell": vars(cell), "requests": len(prompts[1]), "arms": {}}
         add_to(args.json, record)
         done.append((cell, record, {t.arm.name: (t.seconds, t.answers) for t in trials}))
     recap(name, [record for _, record, _ in done])
     if on_vllm:
-        with tempfile.TemporaryDirectory() as folder:
-            host.close()  # first: ours renames layers while it uses them
-            model.save_pretrained(folder)
-            del model, host.model, host.plain, arms, trials
-            host.free()
-            run_vllm(args, name, on_vllm, Path(folder), done, until_s)
+        host.close()  # first: ours renames layers while it uses them
+        model.save_pretrained(args.folder)
+        del model, host.model, host.plain, arms, trials
+        host.free()
+        run_vllm(args, name, on_vllm, done, until_s)
+
+
+def prompts_of(cell: Cell, size: Size, rounds: int) -> list[list[Prepared]]:
+    """Those that warm up, then those of each round."""
+    requests = make_requests(cell, size.vocab)
+    return [in_other_ids(requests, turn, size.vocab) for turn in range(1 + rounds)]
 
 
 def part_of(until_s: float, cells: Sequence[Cell]) -> float:
@@ -176,6 +186,7 @@ def cells_of(args: argparse.Namespace, size: Size) -> list[Cell]:
                     share=share,
                     context_tokens=context,
                     num_requests=max(number, share),
+                    seed=len(cells),
                     **(tiny if args.tiny else {}),
                 )
             )
@@ -186,7 +197,6 @@ def run_vllm(
     args: argparse.Namespace,
     name: str,
     wanted: Sequence[str],
-    checkpoint: Path,
     done: Sequence[Done],
     until_s: float,
 ) -> None:
@@ -196,41 +206,36 @@ def run_vllm(
     cells = [cell for cell, _, _ in done]
     most_tokens = max(cell.most_tokens for cell in cells)
     most_new = max(cell.answer_tokens[1] for cell in cells)
+    start_s = 0.0
     makers = [make for make in (RawVllm, OursOnVllm) if make.name in wanted]
     for place, make in enumerate(makers):
-        until = time.monotonic() + (until_s - time.monotonic()) / (len(makers) - place)
+        others_left = len(makers) - place - 1
+        started_s = time.monotonic()
         try:
-            arm = make(checkpoint, most_tokens, most_new)
+            arm = make(args.folder, most_tokens, most_new)
         except Exception as error:  # whatever vLLM raises; the other one may go
             traceback.print_exc()
             say(f"\n{name}, {make.name}: failed: {type(error).__name__}: {error}\n")
+            gc.collect()
             continue
-        say("".join(f"  {note}\n" for note in getattr(arm, "notes", ())))
-        for index, (cell, record, others) in enumerate(done):
-            requests = make_requests(cell, SIZES[name].vocab)
-            trial = Trial(arm, requests, cell.share, args.rounds)
-            announce(f"{name}, {arm.name}", cell, requests)
-            measure([trial], until_s=part_of(until, cells[index:]), clock=time.monotonic, say=say)
-            record["arms"][arm.name] = beside(trial, others)
-            others[arm.name] = (trial.seconds, trial.answers)
-            add_to(args.json, record)
-        arm.end()
-
-
-def beside(trial: Trial, others: Mapping[str, tuple[list[float], Answers]]) -> dict[str, Any]:
-    """Print how many times faster `trial` is than each of the others, and give it for the JSON."""
-    ratios = {}
-    for other, (seconds, answers) in others.items():
-        ratios[other] = ratio(trial, replace(trial, seconds=seconds))
-        common = [key for key in answers if key in trial.answers]
-        alike = sum(answers[key][0] == trial.answers[key][0] for key in common)
-        say(
-            f"  {ratios[other] or float('nan'):.2f} x {other}, first tokens alike"
-            f" {alike}/{len(common)}\n"
-        )
-    say("".join(f"  {note}\n" for note in trial.notes))
-    found = {"seconds": trial.seconds, "median_s": trial.median_s, "requests": trial.count}
-    return found | {"notes": trial.notes, "x_others": ratios}
+        now_s = time.monotonic()
+        start_s = now_s - started_s  # the next one's is no longer: what is compiled is kept
+        arm_until_s = now_s + (until_s - now_s - others_left * start_s) / (1 + others_left)
+        say("".join(f"  {note}\n" for note in arm.notes))
+        try:
+            for index, (cell, record, others) in enumerate(done):
+                prompts = prompts_of(cell, SIZES[name], args.rounds)
+                trial = Trial(arm, prompts, cell.share)
+                announce(f"{name}, {arm.name}", cell, prompts[1])
+                cell_until_s = part_of(arm_until_s, cells[index:])
+                measure([trial], until_s=cell_until_s, clock=time.monotonic, say=say)
+                record["arms"][arm.name] = beside(trial, others)
+                others[arm.name] = (trial.seconds, trial.answers)
+                add_to(args.json, record)
+                if trial.failed:  # its engine may still hold requests of this cell
+                    break
+        finally:
+            arm.end()
 
 
 # ---- the whole
@@ -245,24 +250,38 @@ def table(args: argparse.Namespace) -> int:
     for index, name in enumerate(args.sizes):
         parts = [SIZES[one].step_weights ** 0.5 for one in args.sizes[index:]]
         left_s = (until - time.time()) * parts[0] / sum(parts)
-        command = [
-            sys.executable,
-            *sys.argv,
-            "--inside",
-            name,
-            "--until",
-            str(time.time() + left_s),
-        ]
-        try:
-            failed |= subprocess.run(command, check=False, timeout=left_s + GRACE_S).returncode
-        except subprocess.TimeoutExpired:
-            say(f"\n{name}: ended, for it was not done {GRACE_S} s after its time\n")
-            failed = 1
+        inside = ["--inside", name, "--until", str(time.time() + left_s)]
+        with tempfile.TemporaryDirectory() as folder:
+            command = [sys.executable, *sys.argv, *inside, "--folder", folder]
+            failed |= run_alone(command, left_s + GRACE_S)
     return failed
 
 
+def run_alone(command: Sequence[str], limit_s: float) -> int:
+    """Its exit status, 1 where it was ended: with all that it started, for vLLM's own process holds
+    the GPU beyond the end of the one that began it."""
+    process = subprocess.Popen(command, start_new_session=True)
+    try:
+        return process.wait(limit_s)
+    except subprocess.TimeoutExpired:
+        say(f"\nended, for it was not done {GRACE_S} s after its time\n")
+        return 1
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
 def where(args: argparse.Namespace) -> dict[str, Any]:
-    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    git = [
+        "git",
+        "-C",
+        str(Path(__file__).parent),
+        "describe",
+        "--always",
+        "--dirty",
+        "--abbrev=40",
+    ]
     try:
         commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
     except OSError:  # no git here
@@ -273,7 +292,9 @@ def where(args: argparse.Namespace) -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
+        "vllm": version("vllm") if {*VLLM_ARMS} & {*args.arms} else None,
         "commit": commit or "unknown",
+        "environment": {name: os.environ[name] for name in os.environ if name.startswith("VLLM_")},
         "args": {name: str(value) for name, value in vars(args).items()},
     }
 
@@ -309,6 +330,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--json", type=Path, help="also write what was measured here")
     parser.add_argument("--inside", help=argparse.SUPPRESS)
     parser.add_argument("--until", type=float, help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.tiny:
         args.sizes = ["tiny"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -12,7 +12,7 @@ import torch
 from gpu_arms import Host, Ours
 from gpu_check import gaps
 from gpu_continuous import Continuous
-from gpu_trials import Trial, ratio
+from gpu_trials import Answers, Trial, ratio
 from gpu_work import Cell, Machine, Size, roofline
 from ragfleet.engines.protocol import Prepared
 from workloads import count_tokens
@@ -81,8 +81,8 @@ def judge(host: Host, trial: Trial, all_: dict[str, Trial], bound_s: float) -> d
         "requests": trial.count,
         "seconds": trial.seconds,
         "median_s": median,
-        "x_naive": ratio(trial, naive) if naive else None,
-        "x_continuous": ratio(trial, other) if other else None,
+        "x_naive": ratio(trial.seconds, naive.seconds) if naive else None,
+        "x_continuous": ratio(trial.seconds, other.seconds) if other else None,
         "part_of_roofline": bound_s / median if median else None,
         "largest_gap": gap,
         "first_as_naive": [alike, len(both)],
@@ -90,6 +90,21 @@ def judge(host: Host, trial: Trial, all_: dict[str, Trial], bound_s: float) -> d
         "attention": trial.arm.attention if isinstance(trial.arm, Continuous) else None,
         "read_tokens": trial.arm.read_tokens if isinstance(trial.arm, Ours) else None,
     }
+
+
+def beside(trial: Trial, others: Mapping[str, tuple[list[float], Answers]]) -> dict[str, Any]:
+    """Print how many times faster `trial` is than each of the others, and give it for the JSON."""
+    ratios = {}
+    for other, (seconds, answers) in others.items():
+        ratios[other] = ratio(trial.seconds, seconds)
+        common = [key for key in answers if key in trial.answers]
+        alike = sum(answers[key][0] == trial.answers[key][0] for key in common)
+        print(
+            f"  {_number(ratios[other], 5, 2)} x {other}, first tokens alike {alike}/{len(common)}"
+        )
+    print("".join(f"  {note}\n" for note in trial.notes), end="", flush=True)
+    found = {"seconds": trial.seconds, "median_s": trial.median_s, "requests": trial.count}
+    return found | {"notes": trial.notes, "x_others": ratios}
 
 
 def line_of(found: dict[str, Any], total: int) -> str:

@@ -1,9 +1,10 @@
 """How often, and on how many requests, the arms of `gpu.py` run.
 
-Owns samples, turns and medians; the clock is handed in. Arms answer all requests, or as many as
-`Arm.part` says: that is scaled to all by `gpu_work.work`, and each round takes others. Who answers
-all first runs on a part of them, which is not counted. What the time does not hold is left out, and
-`notes` say so. An arm that fails ends; the others go on.
+Owns samples, turns and medians; the clock is handed in. In each round all arms answer the same
+prompts, and in each round others, so that no cache knows them. Arms answer all of them, or as many
+as `Arm.part` says: that is scaled to all by `gpu_work.work`. Before the first round each arm runs
+on a part, which is not counted. Rounds that the time does not hold are left out, but for the first
+of an arm, and `notes` say so. An arm that fails ends; the others go on.
 """
 
 from __future__ import annotations
@@ -50,9 +51,9 @@ class Trial:
     """An arm in a cell."""
 
     arm: Arm
-    requests: Sequence[Prepared]
+    prompts: Sequence[Sequence[Prepared]]
+    """All requests of the cell, those that warm up, then those of each round."""
     share: int
-    rounds: int = 3
     count: int = 0
     """Requests of a round."""
     seconds: list[float] = field(default_factory=list)
@@ -62,6 +63,17 @@ class Trial:
     answers: Answers = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     failed: bool = False
+    is_done: bool = False
+    """It takes no further round."""
+
+    @property
+    def requests(self) -> Sequence[Prepared]:
+        """Of the first round."""
+        return self.prompts[1]
+
+    @property
+    def rounds(self) -> int:
+        return len(self.prompts) - 1
 
     @property
     def median_s(self) -> float | None:
@@ -72,19 +84,23 @@ class Trial:
         return self.count < len(self.requests)
 
     def warm_up(self) -> None:
-        if self.arm.part is None:
-            self._once(len(self.requests) // WARM_PART)
+        self._once(self.prompts[0], self.arm.part or len(self.prompts[0]) // WARM_PART)
 
     def round(self) -> float | None:
         """Seconds, scaled to all requests; None where the arm failed."""
-        turn = len(self.seconds)
-        seconds = self._once(self.arm.part or len(self.requests), turn)
-        if seconds is not None:
-            self.seconds.append(seconds)
+        turn = 1 + len(self.seconds)
+        prompts = self.prompts[turn]
+        found = self._once(prompts, self.arm.part or len(prompts), turn)
+        if found is None:
+            return None
+        seconds, self.count = found
+        self.seconds.append(seconds)
         return seconds
 
-    def _once(self, count: int, turn: int = 0) -> float | None:
-        part = sample(self.requests, count, self.arm.group(self.share), turn)
+    def _once(
+        self, prompts: Sequence[Prepared], count: int, turn: int = 0
+    ) -> tuple[float, int] | None:
+        part = sample(prompts, count, self.arm.group(self.share), turn)
         try:
             seconds, answers = self.arm.run(part)
             check(part, answers)
@@ -93,11 +109,10 @@ class Trial:
             traceback.print_exc()
             self.notes.append(f"failed: {type(error).__name__}: {error}".splitlines()[0][:300])
             return None
-        scale = work(self.requests) / work(part)
+        scale = work(prompts) / work(part)
         self.expected_s = seconds * (scale if self.arm.part is None else 1)
-        self.count = len(part)
         self.answers |= answers
-        return seconds * scale
+        return seconds * scale, len(part)
 
 
 def check(requests: Sequence[Prepared], answers: Answers) -> None:
@@ -118,16 +133,17 @@ def measure(
 ) -> None:
     """The rounds of all trials in turns, done by about `until_s` on `clock`."""
     for trial in trials:
-        trial.arm.open(trial.requests)
+        trial.arm.open(trial.prompts[0])
         trial.warm_up()
     for number in range(max(trial.rounds for trial in trials)):
         told = []
         for trial in trials:
-            if trial.failed or number >= trial.rounds:
+            if trial.failed or trial.is_done or number >= trial.rounds:
                 continue
-            if trial.expected_s > until_s - clock():
+            left_s = until_s - clock()
+            if left_s <= 0 or (number and trial.expected_s > left_s):
                 trial.notes.append(f"{number} of {trial.rounds} rounds: the time was over")
-                trial.rounds = number
+                trial.is_done = True
                 continue
             seconds = trial.round()
             if seconds is not None:
@@ -139,7 +155,7 @@ def measure(
         trial.arm.close()
 
 
-def ratio(of: Trial, over: Trial) -> float | None:
+def ratio(of: Sequence[float], over: Sequence[float]) -> float | None:
     """How many times faster `of` is: the median over the rounds that both ran."""
-    ratios = [b / a for a, b in zip(of.seconds, over.seconds, strict=False)]
+    ratios = [b / a for a, b in zip(of, over, strict=False)]
     return statistics.median(ratios) if ratios else None

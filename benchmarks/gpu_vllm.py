@@ -2,17 +2,21 @@
 it, and behind this package's engine.
 
 vLLM is no dependency: it is imported where somebody asks for it, once the others' memory is free.
-Both arms have vLLM in a process of its own, which is its default, and ends with `end`.
+Both arms have vLLM in a process of its own, which is its default, and ends with `end`. Its prefix
+cache is not emptied: it holds nothing that another round asks for.
 """
 
 from __future__ import annotations
 
 import gc
 import json
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
+
+import torch
 
 from gpu_arms import drive
 from gpu_trials import Answers
@@ -35,22 +39,14 @@ def save_tokenizer(checkpoint: Path) -> None:
     (checkpoint / "tokenizer_config.json").write_text(json.dumps(settings))
 
 
-class RawVllm:
-    """Its own scheduler and prefix cache, as its documentation shows it; groups together."""
+class OnVllm:
+    """What both arms have in common."""
 
-    name, part = "vllm", None
+    name: str
+    part: int | None = None
 
-    def __init__(self, checkpoint: Path, most_tokens: int, most_new: int) -> None:
-        from vllm import LLM
-
-        self.llm: Any = LLM(
-            str(checkpoint),
-            skip_tokenizer_init=True,
-            dtype="bfloat16",
-            max_model_len=-(-most_tokens // BLOCK) * BLOCK,
-            enable_prefix_caching=True,
-            gpu_memory_utilization=MEMORY,
-        )
+    def __init__(self) -> None:
+        self.notes: Sequence[str] = ()
 
     def group(self, share: int) -> int:
         return share
@@ -61,6 +57,29 @@ class RawVllm:
     def close(self) -> None:
         pass
 
+    def run(self, requests: Sequence[Prepared]) -> tuple[float, Answers]:
+        raise NotImplementedError
+
+
+class RawVllm(OnVllm):
+    """Its own scheduler and prefix cache, as its documentation shows it; groups together."""
+
+    name = "vllm"
+
+    def __init__(self, checkpoint: Path, most_tokens: int, most_new: int) -> None:
+        super().__init__()
+        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+        from vllm import LLM
+
+        self.llm: Any = LLM(
+            str(checkpoint),
+            skip_tokenizer_init=True,
+            dtype="bfloat16",
+            max_model_len=_rounded(most_tokens),
+            enable_prefix_caching=True,
+            gpu_memory_utilization=MEMORY,
+        )
+
     def end(self) -> None:
         self.llm.llm_engine.engine_core.shutdown()
         self.llm = None
@@ -69,7 +88,6 @@ class RawVllm:
     def run(self, requests: Sequence[Prepared]) -> tuple[float, Answers]:
         from vllm import SamplingParams as Params
 
-        self.llm.reset_prefix_cache()
         params = [
             Params(
                 max_tokens=answer_tokens(request),
@@ -92,27 +110,27 @@ class RawVllm:
 class _OwnLengths(VllmEngine):
     """Answers as long as their requests say. Nothing else ends them: there is no end marker."""
 
-    _wanted: int | None = None
+    _submitted: Prepared | None = None
+    """The one for which the engine makes parameters, of which it only tells the seed."""
 
     def submit(self, prepared: Prepared) -> None:
-        self._wanted = answer_tokens(prepared)
+        self._submitted = prepared
         super().submit(prepared)
 
     def _sampling_params(self, seed: int | None) -> Any:
         params = super()._sampling_params(seed)
-        if self._wanted is not None:
-            params.max_tokens = self._wanted
+        if self._submitted is not None:
+            params.max_tokens = answer_tokens(self._submitted)
         return params
 
 
-class OursOnVllm:
+class OursOnVllm(OnVllm):
     """The package's engine, as a worker drives it."""
 
-    name, part = "ours_on_vllm", None
+    name = "ours_on_vllm"
 
     def __init__(self, checkpoint: Path, most_tokens: int, most_new: int) -> None:
-        import torch
-
+        super().__init__()
         save_tokenizer(checkpoint)
         self.engine = _OwnLengths(
             EngineSpec(
@@ -122,26 +140,24 @@ class OursOnVllm:
                 precision="bf16",
                 num_gpus=int(torch.cuda.is_available()),
                 num_threads=torch.get_num_threads(),
-                max_model_len=-(-most_tokens // BLOCK) * BLOCK,
+                max_model_len=_rounded(most_tokens),
                 engine_options={"gpu_memory_utilization": MEMORY},
             )
         )
-        self.notes = self.engine.start().notes
-
-    def group(self, share: int) -> int:
-        return share
-
-    def open(self, requests: Sequence[Prepared]) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
+        try:
+            self.notes = self.engine.start().notes
+        except BaseException:
+            self.engine.close()
+            raise
 
     def end(self) -> None:
         self.engine.close()
 
     def run(self, requests: Sequence[Prepared]) -> tuple[float, Answers]:
-        self.engine._llm.reset_prefix_cache()
         started = time.perf_counter()
         answers = drive(self.engine, requests)
         return time.perf_counter() - started, answers
+
+
+def _rounded(tokens: int) -> int:
+    return -(-tokens // BLOCK) * BLOCK

@@ -13,12 +13,17 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
+import msgspec
+import numpy as np
+
 from ragfleet.engines.protocol import Prepared, Request
 from workloads import grouped
 
 STEP_TOKENS: Final = 256
 """Prompt tokens whose reading costs about what one more token of an answer costs plain generation:
 what the time of a sample is scaled to all requests by."""
+TURN_IDS: Final = 101
+"""Ids of a turn are so many further on: no multiple of it brings a small vocabulary round again."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,6 +147,22 @@ def make_requests(cell: Cell, vocab: int) -> list[Prepared]:
             prompt = head + context + ids(rng.randint(*cell.question_tokens))
             requests.append(Prepared(request=request, prompt="", token_ids=prompt))
     return requests
+
+
+def in_other_ids(requests: Sequence[Prepared], turn: int, vocab: int) -> list[Prepared]:
+    """The same lengths and the same in common, in ids that no cache knows of an earlier turn."""
+    others = []
+    for request in requests:
+        key = (turn << 32 | int.from_bytes(request.key, "big")).to_bytes(16, "big")
+        ids = 3 + (np.array(request.token_ids) - 3 + turn * TURN_IDS) % (vocab - 3)
+        others.append(
+            Prepared(
+                request=msgspec.structs.replace(request.request, key=key),
+                prompt="",
+                token_ids=ids.tolist(),
+            )
+        )
+    return others
 
 
 def answer_tokens(prepared: Prepared) -> int:

@@ -7,13 +7,23 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from itertools import takewhile
+from itertools import pairwise, takewhile
 from pathlib import Path
 
 import pytest
 
 from gpu_trials import Answers, Trial, measure, ratio
-from gpu_work import SIZES, Cell, Machine, answer_tokens, make_requests, roofline, sample, work
+from gpu_work import (
+    SIZES,
+    Cell,
+    Machine,
+    answer_tokens,
+    in_other_ids,
+    make_requests,
+    roofline,
+    sample,
+    work,
+)
 from ragfleet.engines.protocol import Prepared
 from workloads import count_tokens
 
@@ -53,6 +63,18 @@ def test_samples_are_whole_groups_and_others_each_turn() -> None:
     assert sample(requests, 1, 1, turn=0) != sample(requests, 1, 1, turn=1)
     assert sample(requests, 100, 4, turn=2) == requests
     assert work(part) < work(requests)
+
+
+def test_another_turn_has_other_ids_and_the_same_in_common() -> None:
+    requests = make_requests(CELL, VOCAB)
+    others = in_other_ids(requests, 3, VOCAB)
+    assert len({request.key for request in (*requests, *others)}) == 2 * len(requests)
+    assert count_tokens(others) == count_tokens(requests)
+    for one, other in zip(requests, others, strict=True):
+        assert len(one.token_ids) == len(other.token_ids)
+        assert all(a != b for a, b in zip(one.token_ids, other.token_ids, strict=True))
+        assert 3 <= min(other.token_ids) <= max(other.token_ids) < VOCAB
+        assert answer_tokens(one) == answer_tokens(other)
 
 
 def test_roofline_counts_what_is_shared_once() -> None:
@@ -117,26 +139,37 @@ class FakeArm:
         return seconds, {r.key: [0] * answer_tokens(r) for r in requests}
 
 
+PROMPTS = [in_other_ids(make_requests(CELL, VOCAB), turn, VOCAB) for turn in range(4)]
+
+
 def measured(arm: FakeArm, until_s: float, say: Callable[[str], None] = lambda _: None) -> Trial:
-    trial = Trial(arm, make_requests(CELL, VOCAB), 4)
+    trial = Trial(arm, PROMPTS, 4)
     measure([trial], until_s=until_s, clock=arm.clock, say=say)
     assert not arm.is_open
     return trial
 
 
 def test_all_requests_after_a_part_that_warms_up() -> None:
-    arm = FakeArm(Clock(), first_s=10)
-    trial = measured(arm, 10 + 8 + 3 * 28)  # what the first run builds is built once
+    arm = FakeArm(Clock(), first_s=100)
+    trial = measured(arm, 100 + 8 + 3 * 28)  # what the first run builds is built once
     assert [len(keys) for keys in arm.keys] == [8, 28, 28, 28]
     assert (trial.count, trial.seconds, trial.notes) == (28, [28.0] * 3, [])
     assert not trial.is_sampled
 
 
+def test_no_round_asks_what_another_one_did() -> None:
+    arm = FakeArm(Clock())
+    measured(arm, 1000)
+    asked = [key for keys in arm.keys for key in keys]
+    assert len({*asked}) == len(asked)
+
+
 def test_a_part_is_scaled_to_all_and_another_in_each_round() -> None:
     arm = FakeArm(Clock(), part=8)
     trial = measured(arm, 1000)
-    assert [len(keys) for keys in arm.keys] == [8] * 3
-    assert len({tuple(keys) for keys in arm.keys}) == 3
+    assert [len(keys) for keys in arm.keys] == [8] * 4
+    numbers = [{key[-4:] for key in keys} for keys in arm.keys]
+    assert all(one != other for one, other in pairwise(numbers))
     assert (trial.count, trial.is_sampled) == (8, True)
     for seconds in trial.seconds:  # exact but for the lengths of what was picked
         assert seconds == pytest.approx(28, rel=0.2)
@@ -153,12 +186,14 @@ def test_rounds_that_do_not_fit_are_left_out_and_said_to_be() -> None:
     assert trial.notes == ["2 of 3 rounds: the time was over"]
 
 
-def test_an_arm_that_could_not_end_is_not_begun() -> None:
+def test_a_first_round_is_begun_as_long_as_there_is_time_at_all() -> None:
     arm = FakeArm(Clock())
-    trial = measured(arm, 30)
-    assert arm.clock.now_s < 30
-    assert trial.seconds == []
-    assert trial.notes == ["0 of 3 rounds: the time was over"]
+    trial = measured(arm, 8 + 1)
+    assert trial.seconds == [28]
+    assert trial.notes == ["1 of 3 rounds: the time was over"]
+    late = measured(FakeArm(Clock()), 8)
+    assert (late.seconds, late.count) == ([], 0)
+    assert late.notes == ["0 of 3 rounds: the time was over"]
 
 
 def test_an_arm_that_fails_leaves_the_others_alone() -> None:
@@ -169,14 +204,13 @@ def test_an_arm_that_fails_leaves_the_others_alone() -> None:
             seconds, answers = super().run(requests)
             return seconds, {key: answer[:-1] for key, answer in answers.items()}
 
-    requests = make_requests(CELL, VOCAB)
-    trials = [Trial(arm, requests, 4, rounds=2) for arm in (Short(clock), FakeArm(clock))]
+    trials = [Trial(arm, PROMPTS[:3], 4) for arm in (Short(clock), FakeArm(clock))]
     measure(trials, until_s=1000, clock=clock, say=lambda _: None)
     assert trials[0].failed
     assert "asked for" in trials[0].notes[0]
     assert len(trials[1].seconds) == 2
-    assert ratio(trials[0], trials[1]) is None
-    assert ratio(trials[1], trials[1]) == 1
+    assert ratio(trials[0].seconds, trials[1].seconds) is None
+    assert ratio(trials[1].seconds, [14, 56, 1]) == (14 + 56) / 2 / 28
 
 
 # ---- all of it

@@ -85,6 +85,8 @@ class Layout:
     usable_bytes: int
     weights_bytes: int
     activation_bytes: int
+    logits_bytes: int
+    """Of one request in a decode step."""
     kv_bytes_per_token: int
     demand: Demand
     requests_per_s: float
@@ -94,7 +96,7 @@ class Layout:
     def num_requests(self) -> int:
         """That fit at once into one worker's cache, up to the demand; 0: it does not fit."""
         room = self.usable_bytes - self.weights_bytes - self.activation_bytes
-        each = self.demand.tokens_per_request * self.kv_bytes_per_token
+        each = self.demand.tokens_per_request * self.kv_bytes_per_token + self.logits_bytes
         return max(0, min(self.demand.num_requests, room // each))
 
     @property
@@ -105,9 +107,10 @@ class Layout:
         """The sum that decides, for one GPU."""
         count = max(1, self.num_requests)
         kv_bytes = count * self.demand.tokens_per_request * self.kv_bytes_per_token
-        total = self.weights_bytes + self.activation_bytes + kv_bytes
+        activation_bytes = self.activation_bytes + count * self.logits_bytes
+        total = self.weights_bytes + activation_bytes + kv_bytes
         return (
-            f"weights {gib(self.weights_bytes)} + activations {gib(self.activation_bytes)} + KV of"
+            f"weights {gib(self.weights_bytes)} + activations {gib(activation_bytes)} + KV of"
             f" {count} × {self.demand.tokens_per_request:,} tokens {gib(kv_bytes)}"
             f" = {gib(total)} of {gib(self.usable_bytes)} usable"
         )
@@ -122,12 +125,14 @@ def layout_of(
     split: Split = "heads",
 ) -> Layout:
     """One split, whether it fits or not. `gpu_bytes`: free memory of each GPU to be used."""
+    num_ways = num_gpus if split == "heads" else 1
     layout = Layout(
         num_workers=num_workers,
         num_gpus=num_gpus,
         usable_bytes=int(USABLE_FRACTION * min(gpu_bytes)),
         weights_bytes=-(-model.weights_bytes // num_gpus),
-        activation_bytes=_activation_bytes(model, demand, num_gpus if split == "heads" else 1),
+        activation_bytes=_activation_bytes(model, num_ways),
+        logits_bytes=2 * 4 * -(-model.vocab_size // num_ways),
         kv_bytes_per_token=model.kv_bytes_per_token(num_gpus, split),
         demand=demand,
         requests_per_s=0.0,
@@ -135,7 +140,7 @@ def layout_of(
     at_once = layout.num_requests
     if not at_once:
         return layout
-    seconds = _seconds_per_request(model, demand, at_once, num_gpus if split == "heads" else 1)
+    seconds = _seconds_per_request(model, demand, at_once, num_ways)
     return replace(layout, requests_per_s=num_workers / seconds)
 
 
@@ -148,6 +153,8 @@ def layouts(
 ) -> list[Layout]:
     """Every split of these GPUs that the model allows, the fastest first; what fits comes first.
 
+    Where layers take turns, more GPUs for a worker are room and not speed, and what is spread
+    shares no prefixes, which no speed here knows: the fewest that hold it come first.
     `sizes`: the numbers of GPUs that one worker may have (None: any).
     """
     found = [
@@ -155,6 +162,8 @@ def layouts(
         for num_gpus in sizes or range(1, len(gpu_bytes) + 1)
         if split == "layers" or divides(model, num_gpus)
     ]
+    if split == "layers":
+        return sorted(found, key=lambda layout: (not layout.num_requests, layout.num_gpus))
     # Among equals fewer GPUs for each worker.
     return sorted(found, key=lambda layout: (-layout.requests_per_s, layout.num_gpus))
 
@@ -172,7 +181,7 @@ def choose_layout(
     split: Split = "heads",
     sizes: Sequence[int] | None = None,
 ) -> Layout:
-    """The fastest split that fits. Raises DeviceError with the sums when none does."""
+    """The first of `layouts`. Raises DeviceError with the sums when none does."""
     found = layouts(gpu_bytes, model, demand, split, sizes)
     if found and found[0].num_requests:
         return found[0]
@@ -209,17 +218,22 @@ def faster_layout(
 
 
 def cpu_workers(
-    num_cores: int, num_threads: int, available_bytes: int | None, weights_bytes: int | None
+    num_cores: int,
+    num_threads: int,
+    available_bytes: int | None,
+    weights_bytes: int | None,
+    engine_bytes: int = 0,
 ) -> tuple[int, str]:
     """(workers, the line that says why): one for each `num_threads` cores, if memory allows.
 
-    Each worker holds the whole model. Raises DeviceError where not even one fits.
+    Each worker holds the whole model, and `engine_bytes` of keys, values and what is packed anew.
+    Raises DeviceError where not even one fits.
     """
     workers = max(1, num_cores // num_threads)
     why = f"{num_cores} cores // {num_threads} thread(s) = {workers}"
     if available_bytes is None or weights_bytes is None:
         return workers, f"{workers} workers: {why}."
-    each = int(1.1 * weights_bytes) + (3 << 28)
+    each = int(1.1 * weights_bytes) + (3 << 28) + engine_bytes
     fitting = available_bytes // each
     if not fitting:
         raise DeviceError(
@@ -245,11 +259,10 @@ def check_memory(num_workers: int, memory_bytes: int | None, weights_bytes: int)
     )
 
 
-def _activation_bytes(model: ModelSize, demand: Demand, num_ways: int) -> int:
-    """Hidden states and the MLP of one prefill pass, logits of one decode step, the context."""
+def _activation_bytes(model: ModelSize, num_ways: int) -> int:
+    """Hidden states and the MLP of one prefill pass, the context."""
     width = 4 * model.hidden_size + 2 * -(-model.intermediate_size // num_ways)
-    logits = demand.num_requests * -(-model.vocab_size // num_ways) * 4
-    return CONTEXT_BYTES + PREFILL_TOKENS * width * model.dtype_bytes + 2 * logits
+    return CONTEXT_BYTES + PREFILL_TOKENS * width * model.dtype_bytes
 
 
 def _seconds_per_request(model: ModelSize, demand: Demand, at_once: int, num_ways: int) -> float:

@@ -206,11 +206,41 @@ def _auto_on_cpu(seating: Seating) -> tuple[int, str]:
         return 1, "auto: 1 worker, which keeps --max_concurrency requests at the API under way."
     asked = seating.environ.get("OMP_NUM_THREADS", "")
     num_threads = int(asked) if asked.isdigit() and int(asked) else 1
-    weights = None
+    weights, engine = None, 0
     if seating.model_dir is not None and not seating.needs_no_gpu:
         weights = weights_bytes(seating.model_dir, _precision_bytes(seating.cpu_precision))
-    workers, why = cpu_workers(usable_cores(), num_threads, available_memory_bytes(), weights)
+        engine = _loop_bytes(seating, seating.model_dir, num_threads)
+    available = available_memory_bytes()
+    workers, why = cpu_workers(usable_cores(), num_threads, available, weights, engine)
     return workers, f"auto: {why}"
+
+
+def _loop_bytes(seating: Seating, model_dir: Path, num_threads: int) -> int:
+    """Of a worker's shared-prefix loop, beside the weights: keys and values, and the output layer
+    that is packed once more where it is the embeddings' too."""
+    from ragfleet.engines.shared_prefix import budget
+
+    config = seating.config
+    size = read_model_size(model_dir, _precision_bytes(seating.cpu_precision))
+    is_vllm = config.engine == "vllm"  # which takes a part of what is free when it starts
+    if size is None or is_vllm or config.prefix_sharing == "off":
+        return 0
+    cache_bytes = config.kv_cache_bytes
+    if cache_bytes is None:
+        useful_tokens = budget.useful_tokens(
+            num_slots=config.batch_size or budget.NUM_SLOTS,
+            max_new_tokens=config.max_new_tokens,
+            max_model_len=config.max_model_len or context_limit(model_dir),
+        )
+        cache_bytes = budget.default_budget_bytes(
+            useful_tokens * size.kv_bytes_per_token(),
+            whole_memory_bytes() or 0,
+            num_threads=num_threads,
+            num_cores=os.cpu_count() or 1,
+        )
+    is_tied = read_json(model_dir / "config.json").get("tie_word_embeddings") is True
+    packed_bytes = size.vocab_size * size.hidden_size * size.dtype_bytes if is_tied else 0
+    return cache_bytes + packed_bytes
 
 
 def _auto_on_gpus(seating: Seating, sizes: list[int] | None) -> tuple[int, int, str]:

@@ -123,7 +123,32 @@ def test_layers_that_take_turns_are_no_faster_on_more_gpus() -> None:
     two = layout_of([80 * GIB] * 8, QWEN_7B, DEMAND, 4, 2, "layers")
     assert two.requests_per_s == pytest.approx(one.requests_per_s / 2)
     assert choose_layout([40 * GIB] * 7, LLAMA_8B, DEMAND, "layers").name == "7×1"
-    assert choose_layout([12 * GIB] * 7, LLAMA_8B, DEMAND, "layers").num_gpus in (2, 3)
+    assert choose_layout([12 * GIB] * 7, LLAMA_8B, DEMAND, "layers").num_gpus == 2
+
+
+def test_layers_are_spread_for_room_alone() -> None:
+    """What is spread shares no prefixes, and the speeds here know nothing of that."""
+    gpus, demand = (
+        [int(22.5 * GIB)] * 2,
+        Demand(num_requests=64, prompt_tokens=4000, answer_tokens=512),
+    )
+    assert choose_layout(gpus, LLAMA_8B, demand, "layers").name == "2×1"
+    long = dataclasses.replace(demand, prompt_tokens=16_000)
+    current = layout_of(gpus, LLAMA_8B, long, 2, 1, "layers")
+    assert faster_layout(current, layouts(gpus, LLAMA_8B, long, "layers")) is None
+    small = [16 * GIB] * 2
+    current = layout_of(small, LLAMA_8B, demand, 2, 1, "layers")
+    line = faster_layout(current, layouts(small, LLAMA_8B, demand, "layers"))
+    assert line is not None
+    assert "2×1 does not fit" in line
+
+
+def test_a_large_batch_that_is_asked_for_does_not_keep_a_model_out() -> None:
+    demand = Demand(num_requests=8192, prompt_tokens=2000, answer_tokens=512)
+    chosen = choose_layout([24 * GIB], LLAMA_8B, demand, "layers")
+    each = demand.tokens_per_request * chosen.kv_bytes_per_token + chosen.logits_bytes
+    room = chosen.usable_bytes - chosen.weights_bytes - chosen.activation_bytes
+    assert chosen.num_requests == room // each > 0
 
 
 def test_another_split_that_is_faster_is_named() -> None:
@@ -161,8 +186,13 @@ def test_what_is_chosen_fits_and_nothing_that_fits_is_faster(
     assert chosen.num_workers * chosen.num_gpus <= len(gpus)
     assert split == "layers" or divides(model, chosen.num_gpus)
     cache = chosen.num_requests * demand.tokens_per_request * chosen.kv_bytes_per_token
-    assert chosen.weights_bytes + chosen.activation_bytes + cache <= 0.9 * min(gpus)
-    assert all(other.requests_per_s <= chosen.requests_per_s for other in found)
+    logits = chosen.num_requests * chosen.logits_bytes
+    assert chosen.weights_bytes + chosen.activation_bytes + logits + cache <= 0.9 * min(gpus)
+    fitting = [layout for layout in found if layout.num_requests]
+    if split == "layers":
+        assert chosen.num_gpus == min(layout.num_gpus for layout in fitting)
+    else:
+        assert chosen.requests_per_s == max(layout.requests_per_s for layout in fitting)
 
 
 # ---- the CPU
@@ -307,19 +337,58 @@ def test_auto_under_torchrun_is_its_world_size(tmp_path: Path) -> None:
 
 def test_auto_on_the_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(seating, "usable_cores", lambda: 8)
+    monkeypatch.setattr(seating.os, "cpu_count", lambda: 8)
     monkeypatch.setattr(seating, "available_memory_bytes", lambda: 100 * GIB)
     monkeypatch.setattr(seating, "whole_memory_bytes", lambda: 100 * GIB)
     none = fake_inventory(0)
     assert seat(seating_of(tmp_path, none, gib_weights=0.1))[0] == 8
     workers, allocation, notes = seat(seating_of(tmp_path, none, gib_weights=10))
-    assert workers == len(allocation.workers) == 4, "20 GiB each as fp32"
-    assert "memory holds 4" in notes[0]
+    assert workers == len(allocation.workers) == 3, "20 GiB each as fp32, 4 for keys and values"
+    assert "memory holds 3" in notes[0]
     threaded = seating_of(tmp_path, none, gib_weights=0.1)
     threaded = dataclasses.replace(threaded, environ={"OMP_NUM_THREADS": "4"})
     assert seat(threaded)[0] == 2
     echo = dataclasses.replace(threaded, environ={}, model_dir=None, needs_no_gpu=True)
     assert seat(echo)[0] == 8
     assert seat(dataclasses.replace(echo, is_remote=True))[0] == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "is_tied", "each"),
+    [
+        # 28 layers, 2 × 2 heads of 128 in fp32: 57,344 bytes a token; 64 × (64 + 512 + 1024).
+        ({}, False, 64 * 1600 * 57_344),
+        ({}, True, 64 * 1600 * 57_344 + 151_936 * 1536 * 4),
+        ({"kv_cache_bytes": 10**9}, False, 10**9),
+        ({"prefix_sharing": "off"}, True, 0),
+    ],
+)
+def test_auto_on_the_cpu_counts_what_the_loop_takes(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    settings: dict[str, Any],
+    is_tied: bool,
+    each: int,
+) -> None:
+    monkeypatch.setattr(seating.os, "cpu_count", lambda: 4)
+    monkeypatch.setattr(seating, "whole_memory_bytes", lambda: 400 * GIB)
+    asked = seating_of(tmp_path, fake_inventory(0), **settings)
+    qwen = {
+        "num_hidden_layers": 28,
+        "hidden_size": 1536,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 2,
+        "vocab_size": 151_936,
+        "tie_word_embeddings": is_tied,
+    }
+    assert asked.model_dir is not None
+    (asked.model_dir / "config.json").write_text(json.dumps(qwen))
+    assert seating._loop_bytes(asked, asked.model_dir, 1) == each
+    less = int(0.3 * 16 * GIB / 4)
+    monkeypatch.setattr(seating, "whole_memory_bytes", lambda: 16 * GIB)
+    if each > 10**9:
+        packed = 151_936 * 1536 * 4 if is_tied else 0
+        assert seating._loop_bytes(asked, asked.model_dir, 1) == less + packed
 
 
 def test_prompts_are_sized_by_the_first_lines(tmp_path: Path) -> None:
@@ -333,6 +402,7 @@ def test_a_single_worker_on_many_cores_hears_of_auto(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(seating, "usable_cores", lambda: 8)
+    monkeypatch.setattr(seating.os, "cpu_count", lambda: 8)
     monkeypatch.setattr(seating, "available_memory_bytes", lambda: 64 * GIB)
     monkeypatch.setattr(seating, "whole_memory_bytes", lambda: 64 * GIB)
     none = fake_inventory(0)

@@ -13,14 +13,11 @@ from typing import Any, Final
 
 import torch
 
+from ragfleet.engines.shared_prefix import budget
 from ragfleet.engines.shared_prefix.scheduler import OWN_TOKENS, Limits, Range
 
 LEAST_POOL_TOKENS: Final = 256
-PREFIX_TOKENS_PER_SLOT: Final = 1024
-"""Of the CPU's default budget: more would keep prefixes that are likely done with."""
 _MOST_PARTS: Final = 20_000
-_MEMORY_SHARE: Final = 0.3
-"""Most of a worker's part of the machine's memory that the default budget takes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,24 +86,19 @@ def limits_within(
     )
 
 
-def useful_bytes(
-    shape: Shape,
-    *,
-    num_slots: int,
-    max_new_tokens: int,
-    max_model_len: int | None,
-    prefix_tokens: int = PREFIX_TOKENS_PER_SLOT,
-) -> int:
-    """For all slots and `prefix_tokens` of shared nodes per slot, or the longest prompt alone."""
-    slot_tokens = OWN_TOKENS + max_new_tokens
-    tokens = max(num_slots * (slot_tokens + prefix_tokens), slot_tokens + (max_model_len or 0))
-    return tokens * shape.bytes_per_token
+def useful_bytes(shape: Shape, **sizes: Any) -> int:
+    """See `budget.useful_tokens`."""
+    return budget.useful_tokens(**sizes) * shape.bytes_per_token
 
 
 def default_budget_bytes(shape: Shape, *, num_threads: int, **sizes: Any) -> int:
-    """What is useful, within this worker's part of the memory, as its threads are of the cores."""
-    part = min(1.0, num_threads / (os.cpu_count() or 1))
-    return min(useful_bytes(shape, **sizes), int(_memory_bytes() * part * _MEMORY_SHARE))
+    """See `budget.default_budget_bytes`."""
+    return budget.default_budget_bytes(
+        useful_bytes(shape, **sizes),
+        _memory_bytes(),
+        num_threads=num_threads,
+        num_cores=os.cpu_count() or 1,
+    )
 
 
 def _memory_bytes() -> int:

@@ -18,6 +18,7 @@ from ragfleet.engines.decoding import TokenChooser
 from ragfleet.engines.heap import keep_freed_memory
 from ragfleet.engines.protocol import EngineSpec
 from ragfleet.engines.shared_prefix.attention import Probing
+from ragfleet.engines.shared_prefix.budget import NUM_SLOTS
 from ragfleet.engines.shared_prefix.cache import (
     KeyValueCache,
     Shape,
@@ -39,9 +40,6 @@ from ragfleet.engines.shared_prefix.varlen import (
 from ragfleet.engines.shared_prefix.varlen_cache import VarlenCache
 from ragfleet.engines.shared_prefix.varlen_pass import packed_pass
 
-NUM_SLOTS: Final = 64
-"""Decoded together unless --batch_size says otherwise: the products are then bound by arithmetic,
-no longer by reading the weights."""
 PASS_TOKENS: Final = 512
 """Of a pass: matrix products gain nothing from more, and what lies between them stays in caches."""
 GPU_SLOTS: Final = 512

@@ -176,6 +176,19 @@ def test_a_gpu_that_workers_share(tmp_path: Path, num_workers: int, weights_gib:
     assert (arguments["max_num_batched_tokens"], arguments["max_num_seqs"]) == (8192, 256)
 
 
+def test_less_of_a_shared_gpu_where_that_is_asked_for(tmp_path: Path) -> None:
+    given = spec(model(tmp_path, 15), num_gpus=1, gpu_memory_bytes=40 * GIB)
+    whole = arguments_for(given, gpus_with(40))[0]["kv_cache_memory_bytes"]
+    less = replace(given, engine_options={"gpu_memory_utilization": 0.3})
+    cache = arguments_for(less, gpus_with(40))[0]["kv_cache_memory_bytes"]
+    assert 0 < cache + 15 * GIB <= 0.3 * 80 * GIB
+    more = replace(given, engine_options={"gpu_memory_utilization": 0.9})
+    assert arguments_for(more, gpus_with(40))[0]["kv_cache_memory_bytes"] == whole
+    # Less than the weights: vLLM looks by itself, and says what is missing.
+    least = replace(given, engine_options={"gpu_memory_utilization": 0.1})
+    assert "kv_cache_memory_bytes" not in arguments_for(least, gpus_with(40))[0]
+
+
 def test_steps_of_the_users_size_on_a_shared_gpu(tmp_path: Path) -> None:
     given = spec(model(tmp_path, 1), num_gpus=1, gpu_memory_bytes=20 * GIB, batch_size=300)
     assert arguments_for(given)[0]["max_num_seqs"] == 300

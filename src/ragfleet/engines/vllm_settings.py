@@ -89,7 +89,7 @@ def engine_arguments(
             used = sizes["tensor_parallel_size"] * sizes.get("pipeline_parallel_size", 1)
             arguments["gpu_memory_utilization"] = _utilisation(spec, gpus, used)
         if spec.gpu_memory_bytes is not None:
-            arguments |= _shared_gpu(spec, spec.gpu_memory_bytes)
+            arguments |= _shared_gpu(spec, _asked_share(spec, spec.gpu_memory_bytes, gpus))
     else:
         arguments["enforce_eager"] = True
         if "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
@@ -202,6 +202,15 @@ def _valid_sizes(spec: EngineSpec, most: int) -> list[int]:
 def _weights_bytes(spec: EngineSpec) -> int:
     assert spec.model_dir is not None
     return weights_bytes(spec.model_dir, 4 if spec.precision == "fp32" else 2)
+
+
+def _asked_share(spec: EngineSpec, share_bytes: int, gpus: Sequence[Gpu]) -> int:
+    """Less than the worker's share where `gpu_memory_utilization` asks for less: vLLM does not look
+    at it when it is told how large a cache is."""
+    part = spec.engine_options.get("gpu_memory_utilization")
+    if not isinstance(part, int | float) or not gpus:
+        return share_bytes
+    return min(share_bytes, int(part * min(gpu.total_bytes for gpu in gpus)))
 
 
 def _shared_gpu(spec: EngineSpec, share_bytes: int) -> dict[str, Any]:

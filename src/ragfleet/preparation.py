@@ -328,7 +328,7 @@ def read_template(path: Path | None) -> tuple[str | None, frozenset[str] | None]
     if path is None:
         return None, frozenset()
     try:
-        source = path.read_text(encoding="utf-8")
+        source = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--prompt_template {path} can't be read: {error}") from None
     check_template(source, str(path))

@@ -224,6 +224,8 @@ def test_the_prompt_template_counts_by_its_text(model: Path, tmp_path: Path) -> 
     other.write_text("{{ query }} {{ context }}")
     assert run_key(model, prompt_template=one) == run_key(model, prompt_template=other)
     assert run_key(model, prompt_template=one) != run_key(model)
+    other.write_text("{{ query }} {{ context }}", encoding="utf-8-sig")  # as some editors do
+    assert run_key(model, prompt_template=one) == run_key(model, prompt_template=other)
     other.write_text("{{ query }}: {{ context }}")
     assert run_key(model, prompt_template=one) != run_key(model, prompt_template=other)
 

@@ -79,8 +79,12 @@ def main(argv: list[str]) -> int:
             logging.getLogger(__name__).warning("%s", text)
             events.send("note", text)
 
+        def degrade(text: str) -> None:
+            say(text)
+            worker.counters.degraded = text
+
         spec = launch.engine_spec(num_gpus, num_threads, rank, paths.directory)
-        spec = dataclasses.replace(spec, say=say)
+        spec = dataclasses.replace(spec, say=say, degrade=degrade)
         engine = make_engine(spec, launch.engine, launch.inference_class)
         worker = Worker(paths, launch, rank, incarnation, engine, events)
 

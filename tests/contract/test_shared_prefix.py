@@ -7,6 +7,7 @@ only that one has is in test_cuda_way.py.
 from __future__ import annotations
 
 import random
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from driving import Make, ask, drive
 
 from models import Reference, changed_copy, make_model
 from ragfleet.engines import heap
-from ragfleet.engines.protocol import Completion, Engine, Failure, Prepared
+from ragfleet.engines.protocol import Completion, Engine, Failure, Outcome, Prepared
 from ragfleet.engines.shared_prefix import attention, packing, passes, ways
 from ragfleet.engines.shared_prefix.cache import Shape, limits_within
 from ragfleet.engines.shared_prefix.forward import Forward
@@ -358,6 +359,149 @@ def test_a_pass_that_fails_is_answered_plainly(
     assert "a shared-prefix pass failed" in caplog.text
     assert "no such kernel" in caplog.text
     assert ("and so are all that follow" in caplog.text) == (failures == 3)
+
+
+def out_of_memory_beside_the_cache(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """`generate` finds no memory while the loop holds its own; the lengths that it then took."""
+    loop = loop_of(engine)
+    generate = engine._model.generate  # type: ignore[attr-defined]
+    taken: list[int] = []
+
+    def wrapped(input_ids: torch.Tensor, **others: Any) -> Any:
+        if loop._cache is not None:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        taken.append(input_ids.shape[1])
+        return generate(input_ids=input_ids, **others)
+
+    monkeypatch.setattr(engine._model, "generate", wrapped)  # type: ignore[attr-defined]
+    return taken
+
+
+@pytest.mark.usefixtures("by_any_way")
+@pytest.mark.parametrize("seeded", [False, True])
+def test_a_prompt_that_only_fits_without_the_cache(
+    start: Make, monkeypatch: pytest.MonkeyPatch, seeded: bool
+) -> None:
+    """Those in slots begin anew after it, with the same tokens."""
+    sampling = {"temperature": 0.8} if seeded else {}
+    rng = random.Random(1)
+    prompts = [*(ids(rng, 20 + n) for n in range(6)), ids(rng, 900), ids(rng, 30)]
+
+    def seeds(engine: Engine) -> Engine:
+        prepare = engine.prepare
+        if seeded:
+            engine.prepare = lambda request: prepare(  # type: ignore[method-assign]
+                msgspec.structs.replace(request, seed=int.from_bytes(request.key, "big"))
+            )
+        return engine
+
+    plain = seeds(start(prefix_sharing="off", max_new_tokens=NEW, **sampling))
+    expected = [found.token_ids for found in answer(plain, prompts)]
+    monkeypatch.setattr(ways, "default_budget_bytes", lambda *_, **__: BYTES_PER_TOKEN * 800)
+    engine = seeds(start(batch_size=2, max_new_tokens=NEW, **sampling))
+    taken = out_of_memory_beside_the_cache(engine, monkeypatch)
+    assert [found.token_ids for found in answer(engine, prompts)] == expected
+    assert taken == [900]
+    assert loop_of(engine)._cache is not None, "the loop goes on"
+    assert loop_of(engine)._scheduler.num_admitted == 0
+
+
+@pytest.mark.usefixtures("by_any_way")
+def test_aborted_while_it_makes_room(start: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ways, "default_budget_bytes", lambda *_, **__: BYTES_PER_TOKEN * 800)
+    engine = start(batch_size=2, max_new_tokens=NEW)
+    out_of_memory_beside_the_cache(engine, monkeypatch)
+    loop, rng = loop_of(engine), random.Random(1)
+    for number, length in enumerate((20, 30, 900)):
+        prepared = engine.prepare(ask(number))
+        assert isinstance(prepared, Prepared)
+        engine.submit(msgspec.structs.replace(prepared, token_ids=ids(rng, length)))
+        if not number:
+            loop._pass()
+            engine.abort(prepared.key)
+            assert loop._aborted
+    outcomes = [outcome for _ in range(30) for outcome in engine.step(1.0)]
+    assert all(isinstance(outcome, Completion) for outcome in outcomes), outcomes
+    assert sorted(outcome.key for outcome in outcomes) == [ask(1).key, ask(2).key]
+    assert not loop._rows
+    assert not loop._aborted
+
+
+@pytest.mark.usefixtures("by_any_way")
+def test_a_pass_out_of_memory_leaves_all_of_it_to_plain_batches(
+    start: Make, monkeypatch: pytest.MonkeyPatch, wanted: dict[str, list[list[int]]]
+) -> None:
+    engine = start(batch_size=3, max_new_tokens=NEW)
+    forward, calls = Forward.__call__, 0
+
+    def failing(self: Forward, tensors: Any) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == 4:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return forward(self, tensors)
+
+    monkeypatch.setattr(Forward, "__call__", failing)
+    taken = out_of_memory_beside_the_cache(engine, monkeypatch)
+    prompts = prompt_sets()["groups with a head"]
+    for tokens, found in zip(wanted["groups with a head"], answer(engine, prompts), strict=True):
+        assert list(found.token_ids) == [token for token in tokens if token != 3]
+    assert len(taken) == 1
+    assert calls > 4
+
+
+def test_what_a_failed_pass_held_is_given_back(
+    start: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step that was not captured holds its decoder, and that one the step."""
+    take_cudas_way(monkeypatch)
+    told: list[str] = []
+    engine = start(batch_size=3, max_new_tokens=NEW, degrade=told.append)
+    loop = loop_of(engine)
+    answer(engine, prompt_sets()["groups of one"])
+    cache = weakref.ref(loop._cache)
+
+    def failing(self: Forward, tensors: Any) -> torch.Tensor:
+        raise RuntimeError("no such kernel")
+
+    monkeypatch.setattr(Forward, "__call__", failing)
+    for _ in range(3):
+        assert told == []
+        answer(engine, [[5, 6, 7]])
+        assert cache() is None
+    assert told == ["plain batches after 3 failed passes: RuntimeError: no such kernel"]
+
+
+@pytest.mark.usefixtures("by_any_way")
+def test_a_prompt_of_plain_batches_times_out_nobody_else(
+    start: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ways, "default_budget_bytes", lambda *_, **__: BYTES_PER_TOKEN * 800)
+    engine = start(batch_size=2, max_new_tokens=NEW, request_timeout_s=1000)
+    loop, rng = loop_of(engine), random.Random(1)
+    clock, step = Clock(), loop._plain.step
+
+    def slow(timeout_s: float) -> list[Outcome]:
+        clock.now_s += 2000
+        return step(timeout_s)
+
+    monkeypatch.setattr("ragfleet.engines.shared_prefix.loop.time.monotonic", clock)
+    monkeypatch.setattr(loop._plain, "step", slow)
+    for number, length in enumerate((20, 900)):
+        prepared = engine.prepare(ask(number))
+        assert isinstance(prepared, Prepared)
+        engine.submit(msgspec.structs.replace(prepared, token_ids=ids(rng, length)))
+        if not number:
+            loop._pass()  # its first token: from here on it counts
+    outcomes = {outcome.key: outcome for _ in range(30) for outcome in engine.step(0.1)}
+    assert isinstance(outcomes[ask(0).key], Completion)
+
+
+class Clock:
+    now_s = 0.0
+
+    def __call__(self) -> float:
+        return self.now_s
 
 
 @pytest.mark.usefixtures("by_any_way")

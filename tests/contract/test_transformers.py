@@ -358,6 +358,20 @@ def test_the_oldest_request_is_not_starved(start: Make) -> None:
     pytest.fail("20 batches passed by the oldest request")
 
 
+def test_the_oldest_is_reached_by_batches_that_memory_made_small(start: Make) -> None:
+    engine = start(batch_size=4, max_new_tokens=1, prefix_sharing="off")
+    assert isinstance(engine, TransformersEngine)
+    assert isinstance(engine._loop, BatchedLoop)
+    engine._loop._ladder = OomLadder(budget_tokens=1, _failed_tokens=10**9)
+    for number in range(16):  # the oldest is the shortest
+        prepared = engine.prepare(ask(number, context="long " * 2 * number))
+        assert isinstance(prepared, Prepared)
+        engine.submit(prepared)
+    answered = [outcome.key for _ in range(4) for outcome in engine.step(1.0)]
+    assert len(answered) == 4
+    assert ask(0).key in answered
+
+
 # ---- what can go wrong --------------------------------------------------------------------------
 
 

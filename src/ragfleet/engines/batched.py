@@ -65,6 +65,9 @@ class BatchedLoop:
         self._aborted: set[RequestKey] = set()
         self._num_batches = 0
         self._ladder = OomLadder()
+        self.make_room: Callable[[], None] = _nothing
+        """Called before a request that memory ran out with is tried alone: frees what others of
+        this engine hold."""
         self._layers = _decoder_layers(model)
         self._most_tokens = math.inf
         if spec.num_gpus and not spec.batch_size:
@@ -108,15 +111,22 @@ class BatchedLoop:
         ordered = sorted(self._waiting, key=_length, reverse=True)  # stable: equals by arrival
         start = 0
         if self._num_batches % OLDEST_EVERY == OLDEST_EVERY - 1:
-            oldest = ordered.index(self._waiting[0])
-            start = max(0, min(oldest, len(ordered) - self.batch_size))
+            start = ordered.index(self._waiting[0])
+            # Where too few are left from there on, some before it, if all of them fit.
+            while start and len(ordered) - start < self._most_with(ordered[start - 1]):
+                start -= 1
         self._num_batches += 1
-        width = _length(ordered[start]) + self._spec.sampling.max_new_tokens
-        most = max(1, int(min(self.batch_size, self._most_tokens // width)))
-        batch = ordered[start : start + self._ladder.fit(width, most)]
+        batch = ordered[start : start + self._most_with(ordered[start])]
         taken = {prepared.key for prepared in batch}
         self._waiting = [prepared for prepared in self._waiting if prepared.key not in taken]
         return batch
+
+    def _most_with(self, longest: Prepared) -> int:
+        """Requests of a batch whose longest prompt this is."""
+        width = self._width([longest])
+        return self._ladder.fit(
+            width, max(1, int(min(self.batch_size, self._most_tokens // width)))
+        )
 
     def _answer(self, batch: Sequence[Prepared], *, is_alone: bool = False) -> list[Outcome]:
         """Outcomes of a batch, in smaller parts where the whole fails. Raises EngineDead."""
@@ -156,6 +166,7 @@ class BatchedLoop:
             return [_failure(batch[0], "oom", message)]
         if rung == "alone":
             log.warning("out of memory with one request of %d tokens: once more alone", tokens)
+            self.make_room()
             return self._answer(batch, is_alone=True)
         log.warning(
             "out of memory with %d requests of up to %d tokens: batches now have up to %d tokens",
@@ -233,6 +244,10 @@ class BatchedLoop:
         finally:
             for hook in hooks:
                 hook.remove()
+
+
+def _nothing() -> None:
+    pass
 
 
 def _decoder_layers(model: Any) -> list[Any]:

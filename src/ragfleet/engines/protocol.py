@@ -76,7 +76,7 @@ class EngineSpec:
     gpu_memory_bytes: int | None = None
     """This worker's part of each of its GPUs, where workers share them; None: it has them alone."""
     prefix_sharing: Literal["auto", "on", "off"] = "auto"
-    """Whether the transformers engine may read what prompts share once; auto: not on a GPU."""
+    """Whether the transformers engine may read what prompts share once; auto: where it can."""
     kv_cache_bytes: int | None = None
     """Memory for keys and values of that; None: chosen from the device's memory."""
     max_model_len: int | None = None
@@ -94,6 +94,8 @@ class EngineSpec:
     """Folder of the run, which outlives a launch."""
     say: Callable[[str], None] | None = None
     """Tells the person who watches the run; what matters to them is rare."""
+    degrade: Callable[[str], None] | None = None
+    """Told why it works slower from now on than `EngineInfo` said; a line of the end statistics."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

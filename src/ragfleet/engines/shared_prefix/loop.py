@@ -6,6 +6,7 @@ requests in it go to the plain loop, which tries them one by one; see `SharedPre
 
 from __future__ import annotations
 
+import gc
 import logging
 import math
 import time
@@ -64,11 +65,10 @@ class SharedPrefixLoop:
         self._on_tokens = on_tokens
         self._scheduler = Scheduler(limits)
         self._chooser = TokenChooser(spec.sampling)
-        self._cache: Cache | None = way.make_cache(shape, limits)
-        self._num_bytes = self._cache.num_bytes
+        self._shape = shape
+        self._cache: Cache | None = None
         self._decoder: Decoder | None = None
-        if way.make_decoder is not None:
-            self._decoder = way.make_decoder(forward, self._cache, self._chooser)
+        self._num_bytes = self._make_cache().num_bytes
         self._aborted: set[RequestKey] = set()
         self._ender = RowEnder(tokenizer, stops, self._aborted.__contains__)
         self._rows: dict[RequestKey, Row] = {}
@@ -77,6 +77,7 @@ class SharedPrefixLoop:
         self._timeout_s = spec.request_timeout_s or math.inf
         self._way_notes = way.begin()
         self.batch_size = limits.num_slots
+        plain.make_room = self._make_room
 
     @property
     def notes(self) -> list[str]:
@@ -130,8 +131,7 @@ class SharedPrefixLoop:
         deadline_s = time.monotonic() + timeout_s
         while True:
             if self._plain.has_work:
-                with self._forward.plain():
-                    return self._plain.step(timeout_s)
+                return self._plain_step(timeout_s)
             outcomes = self._pass()
             if outcomes or not self._rows or time.monotonic() > deadline_s:
                 return outcomes
@@ -158,6 +158,43 @@ class SharedPrefixLoop:
             f" {done.peak_pool_tokens:,} of {done.limits.pool_tokens:,} pooled tokens in use"
         )
 
+    # ---- plain batches
+
+    def _plain_step(self, timeout_s: float) -> list[Outcome]:
+        started_s = time.monotonic()
+        with self._forward.plain():
+            outcomes = self._plain.step(timeout_s)
+        # Those in slots stood still for a prompt that is not theirs.
+        waited_s = time.monotonic() - started_s
+        for row in self._rows.values():
+            row.deadline_s += waited_s
+        return outcomes
+
+    def _make_room(self) -> None:
+        """For a prompt that the memory left beside the cache is too small for: what was admitted
+        begins anew after it."""
+        for key in self._scheduler.take_back():
+            prepared = self._rows.pop(key).prepared
+            if key in self._aborted:
+                self._aborted.discard(key)
+            else:
+                self.submit(prepared)
+        self._drop_cache()
+
+    def _make_cache(self) -> Cache:
+        cache = self._way.make_cache(self._shape, self._scheduler.limits)
+        if self._way.make_decoder is not None:
+            self._decoder = self._way.make_decoder(self._forward, cache, self._chooser)
+        self._cache = cache
+        return cache
+
+    def _drop_cache(self) -> None:
+        """Plain batches need the memory; nothing in it is wanted any more."""
+        self._cache = self._decoder = None
+        gc.collect()  # a decoder and its steps hold each other
+        if self._shape.device.type == "cuda":
+            torch.cuda.empty_cache()
+
     # ---- a pass
 
     def _pass(self) -> list[Outcome]:
@@ -165,6 +202,8 @@ class SharedPrefixLoop:
         if not scheduled.num_tokens:
             return []
         try:
+            if self._cache is None:
+                self._make_cache()
             if self._decoder is not None and not scheduled.runs:
                 slots, rows, steps = self._decode(self._decoder, scheduled)
             else:
@@ -256,8 +295,9 @@ class SharedPrefixLoop:
         )
         if self._is_plain:
             keys += self._scheduler.take_waiting()
-            # A GPU has no memory to spare for what nobody will use again.
-            self._cache = self._decoder = None
+            if self._spec.degrade is not None:
+                self._spec.degrade(f"plain batches after {MOST_FAILURES} failed passes: {message}")
+        self._drop_cache()
         for key in keys:
             row = self._rows.pop(key)
             if key not in self._aborted:

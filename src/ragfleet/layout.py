@@ -11,7 +11,7 @@ all-reduces (Shoeybi et al., arXiv 1909.08053). Only their ratios are used, and 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Final, Literal
 
@@ -28,6 +28,8 @@ CONTEXT_BYTES: Final = 1 << 30
 """CUDA context, kernels, captured graphs."""
 PREFILL_TOKENS: Final = 8192
 """Prompt tokens in one forward pass."""
+FEW_REQUESTS: Final = 4
+"""Fewer at once share little, and the weights are read for almost each of them alone."""
 WORTH_SAYING: Final = 1.15
 """A split less than this much faster is not worth a word."""
 
@@ -154,7 +156,8 @@ def layouts(
     """Every split of these GPUs that the model allows, the fastest first; what fits comes first.
 
     Where layers take turns, more GPUs for a worker are room and not speed, and what is spread
-    shares no prefixes, which no speed here knows: the fewest that hold it come first.
+    shares no prefixes, which no speed here knows: the fewest that hold more than a few requests
+    come first.
     `sizes`: the numbers of GPUs that one worker may have (None: any).
     """
     found = [
@@ -163,7 +166,14 @@ def layouts(
         if split == "layers" or divides(model, num_gpus)
     ]
     if split == "layers":
-        return sorted(found, key=lambda layout: (not layout.num_requests, layout.num_gpus))
+        enough = min(demand.num_requests, FEW_REQUESTS)
+
+        def rank(layout: Layout) -> tuple[bool, int, float, int]:
+            is_tight = layout.num_requests < enough
+            fewest = 0 if is_tight else layout.num_gpus
+            return is_tight, fewest, -layout.requests_per_s, layout.num_gpus
+
+        return sorted(found, key=rank)
     # Among equals fewer GPUs for each worker.
     return sorted(found, key=lambda layout: (-layout.requests_per_s, layout.num_gpus))
 
@@ -222,27 +232,41 @@ def cpu_workers(
     num_threads: int,
     available_bytes: int | None,
     weights_bytes: int | None,
-    engine_bytes: int = 0,
+    engine_bytes: Callable[[int], int] = lambda num_threads: 0,
 ) -> tuple[int, str]:
     """(workers, the line that says why): one for each `num_threads` cores, if memory allows.
 
-    Each worker holds the whole model, and `engine_bytes` of keys, values and what is packed anew.
-    Raises DeviceError where not even one fits.
+    Each worker holds the whole model, and with its part of the cores, so many threads, up to
+    `engine_bytes` of keys, values and what is packed anew. Raises DeviceError where not even one
+    fits, all of that left aside.
     """
-    workers = max(1, num_cores // num_threads)
+    workers = most = max(1, num_cores // num_threads)
     why = f"{num_cores} cores // {num_threads} thread(s) = {workers}"
     if available_bytes is None or weights_bytes is None:
         return workers, f"{workers} workers: {why}."
-    each = int(1.1 * weights_bytes) + (3 << 28) + engine_bytes
-    fitting = available_bytes // each
-    if not fitting:
+    model = int(1.1 * weights_bytes) + (3 << 28)
+    if model > available_bytes:
         raise DeviceError(
             f"The model does not fit into memory: weights {gib(weights_bytes)}, with what it works"
-            f" in {gib(each)}, of {gib(available_bytes)} available. Take a smaller model."
+            f" in {gib(model)}, of {gib(available_bytes)} available. Take a smaller model."
         )
-    if fitting < workers:
-        why += f", but memory holds {fitting}: {gib(each)} each of {gib(available_bytes)} available"
-    return min(workers, fitting), f"{min(workers, fitting)} workers: {why}."
+
+    def each(workers: int) -> int:
+        return model + engine_bytes(max(1, num_cores // workers))
+
+    while workers > 1 and workers * each(workers) > available_bytes:
+        workers -= 1
+    if workers < most:
+        why += (
+            f", but memory holds {workers}: {gib(each(workers))} each of {gib(available_bytes)}"
+            " available"
+        )
+    if each(workers) > available_bytes:
+        why += (
+            f"; with all that it may take for keys and values it needs {gib(each(workers))}, and"
+            f" there are {gib(available_bytes)}: --kv_cache_bytes limits that"
+        )
+    return workers, f"{workers} workers: {why}."
 
 
 def check_memory(num_workers: int, memory_bytes: int | None, weights_bytes: int) -> None:

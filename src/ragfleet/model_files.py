@@ -133,6 +133,12 @@ def weights_bytes(model_dir: Path, dtype_bytes: int) -> int:
     return total
 
 
+def has_output_layer(model_dir: Path) -> bool:
+    """Whether the weights have one of their own; else it is the embeddings, as config.json need not
+    say. Raises ModelError for a broken file."""
+    return any("lm_head.weight" in name for p in weight_files(model_dir) for name in _header(p))
+
+
 def _header(path: Path) -> dict[str, Any]:
     try:
         with open(path, "rb") as file:

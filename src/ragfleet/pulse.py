@@ -49,6 +49,13 @@ class Counters:
         self.prompt_tokens += completion.prompt_tokens or 0
         self.completion_tokens += completion.completion_tokens or 0
 
+    def degrade(self, reason: str) -> None:
+        """One more reason why it works slower than it could; each once."""
+        if self.degraded is None:
+            self.degraded = reason
+        elif reason not in self.degraded:
+            self.degraded += f"; {reason}"
+
 
 class Pulse:
     """Publishes a beat every second and syncs the shard, until `stop`."""

@@ -81,7 +81,7 @@ def main(argv: list[str]) -> int:
 
         def degrade(text: str) -> None:
             say(text)
-            worker.counters.degraded = text
+            worker.counters.degrade(text)
 
         spec = launch.engine_spec(num_gpus, num_threads, rank, paths.directory)
         spec = dataclasses.replace(spec, say=say, degrade=degrade)

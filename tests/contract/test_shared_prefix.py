@@ -377,33 +377,94 @@ def out_of_memory_beside_the_cache(engine: Engine, monkeypatch: pytest.MonkeyPat
     return taken
 
 
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """New caches hold nothing finite: what is read without having been written shows."""
+    make = SharedPrefixLoop._make_cache
+
+    def make_poisoned(self: SharedPrefixLoop) -> Any:
+        cache = make(self)
+        cache.poison()
+        return cache
+
+    monkeypatch.setattr(SharedPrefixLoop, "_make_cache", make_poisoned)
+
+
+def taken_back(loop: SharedPrefixLoop, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many requests begin anew, each time that room is made."""
+    take_back, found = loop._scheduler.take_back, []
+
+    def counted() -> list[bytes]:
+        keys = take_back()
+        found.append(len(keys))
+        return keys
+
+    monkeypatch.setattr(loop._scheduler, "take_back", counted)
+    return found
+
+
+def submit(engine: Engine, number: int, prompt: Sequence[int], seed: int | None = None) -> None:
+    prepared = engine.prepare(ask(number, seed=seed))
+    assert isinstance(prepared, Prepared)
+    engine.submit(msgspec.structs.replace(prepared, token_ids=tuple(prompt)))
+
+
 @pytest.mark.usefixtures("by_any_way")
-@pytest.mark.parametrize("seeded", [False, True])
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+@pytest.mark.parametrize("passes", [1, 2])
 def test_a_prompt_that_only_fits_without_the_cache(
-    start: Make, monkeypatch: pytest.MonkeyPatch, seeded: bool
+    start: Make, monkeypatch: pytest.MonkeyPatch, temperature: float, passes: int
 ) -> None:
     """Those in slots begin anew after it, with the same tokens."""
-    sampling = {"temperature": 0.8} if seeded else {}
+    sampling = {"temperature": temperature, "max_new_tokens": NEW}
     rng = random.Random(1)
-    prompts = [*(ids(rng, 20 + n) for n in range(6)), ids(rng, 900), ids(rng, 30)]
+    prompts = [ids(rng, 20), ids(rng, 30), ids(rng, 900)]
 
-    def seeds(engine: Engine) -> Engine:
-        prepare = engine.prepare
-        if seeded:
-            engine.prepare = lambda request: prepare(  # type: ignore[method-assign]
-                msgspec.structs.replace(request, seed=int.from_bytes(request.key, "big"))
-            )
-        return engine
+    def answers(engine: Engine) -> dict[bytes, Any]:
+        outcomes = [outcome for _ in range(40) for outcome in engine.step(1.0)]
+        assert len(outcomes) == 3, outcomes
+        assert all(isinstance(outcome, Completion) for outcome in outcomes), outcomes
+        return {outcome.key: outcome.token_ids for outcome in outcomes}  # type: ignore[union-attr]
 
-    plain = seeds(start(prefix_sharing="off", max_new_tokens=NEW, **sampling))
-    expected = [found.token_ids for found in answer(plain, prompts)]
+    plain = start(prefix_sharing="off", **sampling)
+    for number, prompt in enumerate(prompts):
+        submit(plain, number, prompt, seed=number)
+    expected = answers(plain)
     monkeypatch.setattr(ways, "default_budget_bytes", lambda *_, **__: BYTES_PER_TOKEN * 800)
-    engine = seeds(start(batch_size=2, max_new_tokens=NEW, **sampling))
+    engine = start(batch_size=2, **sampling)
+    loop = loop_of(engine)
+    poisoned(monkeypatch)
     taken = out_of_memory_beside_the_cache(engine, monkeypatch)
-    assert [found.token_ids for found in answer(engine, prompts)] == expected
+    begun_anew = taken_back(loop, monkeypatch)
+    for number in range(2):
+        submit(engine, number, prompts[number], seed=number)
+    for _ in range(passes):
+        loop._pass()
+    assert loop._scheduler.num_admitted == 2
+    submit(engine, 2, prompts[2], seed=2)
+    assert answers(engine) == expected
+    assert begun_anew == [2]
     assert taken == [900]
-    assert loop_of(engine)._cache is not None, "the loop goes on"
-    assert loop_of(engine)._scheduler.num_admitted == 0
+    assert loop._cache is not None, "the loop goes on"
+    assert loop._scheduler.num_admitted == 0
+    assert loop._scheduler.prompt_tokens == 50
+
+
+@pytest.mark.usefixtures("by_any_way")
+def test_slots_begin_anew_once_and_then_such_prompts_are_held(
+    start: Make, monkeypatch: pytest.MonkeyPatch, reference: Reference
+) -> None:
+    monkeypatch.setattr(ways, "default_budget_bytes", lambda *_, **__: BYTES_PER_TOKEN * 800)
+    monkeypatch.setattr("ragfleet.engines.shared_prefix.loop.MOST_HELD", 2)
+    engine = start(batch_size=2, max_new_tokens=NEW)
+    out_of_memory_beside_the_cache(engine, monkeypatch)
+    begun_anew = taken_back(loop_of(engine), monkeypatch)
+    rng = random.Random(1)
+    prompts = [ids(rng, 900 if n % 5 == 4 else 20 + n) for n in range(40)]
+    for prompt, found in zip(prompts, answer(engine, prompts), strict=True):
+        tokens = reference.generate(prompt, NEW, [3])
+        assert list(found.token_ids) == [token for token in tokens if token != 3]
+    assert sum(count > 0 for count in begun_anew) <= 1
+    assert len(begun_anew) >= 3
 
 
 @pytest.mark.usefixtures("by_any_way")
@@ -412,19 +473,48 @@ def test_aborted_while_it_makes_room(start: Make, monkeypatch: pytest.MonkeyPatc
     engine = start(batch_size=2, max_new_tokens=NEW)
     out_of_memory_beside_the_cache(engine, monkeypatch)
     loop, rng = loop_of(engine), random.Random(1)
-    for number, length in enumerate((20, 30, 900)):
-        prepared = engine.prepare(ask(number))
-        assert isinstance(prepared, Prepared)
-        engine.submit(msgspec.structs.replace(prepared, token_ids=ids(rng, length)))
-        if not number:
-            loop._pass()
-            engine.abort(prepared.key)
-            assert loop._aborted
-    outcomes = [outcome for _ in range(30) for outcome in engine.step(1.0)]
-    assert all(isinstance(outcome, Completion) for outcome in outcomes), outcomes
-    assert sorted(outcome.key for outcome in outcomes) == [ask(1).key, ask(2).key]
-    assert not loop._rows
+    for number in range(2):
+        submit(engine, number, ids(rng, 20))
+    loop._pass()
+    engine.abort(ask(0).key)
+    assert loop._aborted
+    submit(engine, 2, ids(rng, 900))
+    loop._plain_step(0)
     assert not loop._aborted
+    assert loop._rows.keys() == {ask(1).key}
+    outcomes = [outcome for _ in range(30) for outcome in engine.step(1.0)]
+    assert [outcome.key for outcome in outcomes] == [ask(1).key]
+    assert isinstance(outcomes[0], Completion)
+
+
+@pytest.mark.usefixtures("by_any_way")
+def test_memory_that_is_gone_when_the_cache_is_made_again(
+    start: Make, monkeypatch: pytest.MonkeyPatch, wanted: dict[str, list[list[int]]]
+) -> None:
+    """Somebody else took it: plain batches for what waits, and the next ones share again."""
+    told: list[str] = []
+    engine = start(batch_size=3, max_new_tokens=NEW, degrade=told.append)
+    loop = loop_of(engine)
+    make, tries = loop._make_cache, 0
+
+    def gone() -> Any:
+        nonlocal tries
+        tries += 1
+        if tries == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return make()
+
+    monkeypatch.setattr(loop, "_make_cache", gone)
+    loop._make_room()
+    prompts = prompt_sets()["groups with a head"]
+    for _ in range(2):
+        found = answer(engine, prompts)
+        for tokens, one in zip(wanted["groups with a head"], found, strict=True):
+            assert list(one.token_ids) == [token for token in tokens if token != 3]
+    assert told == ["plain batches at times: no room for keys and values: CUDA out of memory."]
+    assert tries == 2
+    assert loop._cache is not None
+    assert not loop._num_failures
 
 
 @pytest.mark.usefixtures("by_any_way")
@@ -458,15 +548,20 @@ def test_what_a_failed_pass_held_is_given_back(
     told: list[str] = []
     engine = start(batch_size=3, max_new_tokens=NEW, degrade=told.append)
     loop = loop_of(engine)
-    answer(engine, prompt_sets()["groups of one"])
-    cache = weakref.ref(loop._cache)
+    forward, is_broken = Forward.__call__, False
 
     def failing(self: Forward, tensors: Any) -> torch.Tensor:
-        raise RuntimeError("no such kernel")
+        if is_broken:
+            raise RuntimeError("no such kernel")
+        return forward(self, tensors)
 
     monkeypatch.setattr(Forward, "__call__", failing)
     for _ in range(3):
         assert told == []
+        is_broken = False
+        answer(engine, prompt_sets()["groups of one"])
+        cache = weakref.ref(loop._cache)
+        is_broken = True
         answer(engine, [[5, 6, 7]])
         assert cache() is None
     assert told == ["plain batches after 3 failed passes: RuntimeError: no such kernel"]

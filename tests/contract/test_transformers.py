@@ -372,6 +372,18 @@ def test_the_oldest_is_reached_by_batches_that_memory_made_small(start: Make) ->
     assert ask(0).key in answered
 
 
+def test_a_batch_around_the_oldest_is_a_full_one(start: Make) -> None:
+    engine = start(batch_size=4, max_new_tokens=1, prefix_sharing="off")
+    for number in range(16):
+        prepared = engine.prepare(ask(number, context="long " * 2 * number))
+        assert isinstance(prepared, Prepared)
+        engine.submit(prepared)
+    answered = [sorted(outcome.key for outcome in engine.step(1.0)) for _ in range(3)]
+    assert answered[0] == [ask(number).key for number in range(12, 16)]
+    last = sorted(outcome.key for outcome in engine.step(1.0))
+    assert last == [ask(number).key for number in range(4)]
+
+
 # ---- what can go wrong --------------------------------------------------------------------------
 
 

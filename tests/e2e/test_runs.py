@@ -564,3 +564,36 @@ def test_plan_says_what_sharing_saves_and_the_end_what_came_true(tmp_path: Path)
     computed = re.search(rf"Prefill: ([\d,]+) of {prompts:,} prompt tokens computed", done.stdout)
     assert computed is not None, done.stdout
     assert re.search(r"Generation: [\d.]+s, [\d.]+% above the bound of", done.stdout)
+
+
+# ------------------------------------------------------------------ what slows a run down
+
+
+FAILING: str = """
+from ragfleet import QueryBasedInference
+from ragfleet.engines.shared_prefix.forward import Forward
+
+
+def fail(self, tensors):
+    raise RuntimeError("no such kernel")
+
+
+class Mine(QueryBasedInference):
+    def create_prompt(self, query, context, retrieval_method):
+        Forward.__call__ = fail  # not before: the self-check at the start would find it
+        return query
+"""
+
+
+def test_what_slows_a_run_down_on_the_way_is_in_its_statistics(
+    tmp_path: Path, small_model: Path
+) -> None:
+    write(tmp_path / "in.jsonl", plain(6))
+    (tmp_path / "mine.py").write_text(FAILING)
+    flags = ("--inference_class", "mine.py:Mine", "--temperature", "0", "--max_new_tokens", "4")
+    device = ("--device", "cpu", "--batch_size", "1")
+    done = infer(tmp_path, *flags, "--model_path", str(small_model), *device)
+    reason = "plain batches after 3 failed passes: RuntimeError: no such kernel"
+    assert f"Degraded: {reason}" in done.stdout
+    assert reason in done.stderr
+    assert len(rows_of(tmp_path / "out.jsonl")) == 6

@@ -77,6 +77,10 @@ class BatchedLoop:
     def has_work(self) -> bool:
         return bool(self._waiting)
 
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
     def has_room(self, prepared: Prepared) -> bool:
         return len(self._waiting) < BUFFERED_BATCHES * self.batch_size
 

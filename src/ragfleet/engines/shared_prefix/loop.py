@@ -33,6 +33,8 @@ LOOKAHEAD: Final = 2
 """Waiting requests per slot: enough to see the end of a group, and what the next ones share."""
 MOST_FAILURES: Final = 3
 """So many failed passes, and all further requests take the plain loop."""
+MOST_HELD: Final = 16
+"""So many prompts for which the cache has to go are held, then slots run empty for them."""
 Step = tuple[Sequence[int], Sequence[int]]
 """By slot: a token, and whether its logits were not finite."""
 Found = tuple[Sequence[int], Sequence[Row], Sequence[Step]]
@@ -74,6 +76,8 @@ class SharedPrefixLoop:
         self._rows: dict[RequestKey, Row] = {}
         self._last_tokens: dict[int, int] = {}
         self._num_failures = 0
+        self._needs_room = False
+        """Plain batches have run out of memory beside the cache."""
         self._timeout_s = spec.request_timeout_s or math.inf
         self._way_notes = way.begin()
         self.batch_size = limits.num_slots
@@ -114,6 +118,8 @@ class SharedPrefixLoop:
         return self._num_failures >= MOST_FAILURES
 
     def has_room(self, prepared: Prepared) -> bool:
+        if self._needs_room and self._plain.num_waiting >= MOST_HELD and not self._is_plain:
+            return False
         if self._is_plain or not self._scheduler.fits(len(prepared.token_ids)):
             return self._plain.has_room(prepared)
         return self._scheduler.num_waiting < LOOKAHEAD * self.batch_size
@@ -130,7 +136,7 @@ class SharedPrefixLoop:
         """Passes until a request is finished, or `timeout_s` is over."""
         deadline_s = time.monotonic() + timeout_s
         while True:
-            if self._plain.has_work:
+            if self._plain.has_work and not self._holds_plain:
                 return self._plain_step(timeout_s)
             outcomes = self._pass()
             if outcomes or not self._rows or time.monotonic() > deadline_s:
@@ -160,8 +166,18 @@ class SharedPrefixLoop:
 
     # ---- plain batches
 
+    @property
+    def _holds_plain(self) -> bool:
+        """Whether plain batches wait until nothing stands in the cache, as it has to go for them:
+        else each would have all slots begin anew."""
+        scheduler = self._scheduler
+        is_idle = not scheduler.num_admitted and not scheduler.num_waiting
+        return self._needs_room and self._cache is not None and not is_idle
+
     def _plain_step(self, timeout_s: float) -> list[Outcome]:
         started_s = time.monotonic()
+        if self._needs_room:
+            self._make_room()
         with self._forward.plain():
             outcomes = self._plain.step(timeout_s)
         # Those in slots stood still for a prompt that is not theirs.
@@ -172,7 +188,8 @@ class SharedPrefixLoop:
 
     def _make_room(self) -> None:
         """For a prompt that the memory left beside the cache is too small for: what was admitted
-        begins anew after it."""
+        begins anew after it. Once: those that come later are held."""
+        self._needs_room = True
         for key in self._scheduler.take_back():
             prepared = self._rows.pop(key).prepared
             if key in self._aborted:
@@ -188,8 +205,26 @@ class SharedPrefixLoop:
         self._cache = cache
         return cache
 
+    def _could_make_cache(self) -> bool:
+        """False where somebody else has its memory by now: what waits goes in plain batches, and
+        the next pass tries again."""
+        try:
+            self._make_cache()
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            reason = f"no room for keys and values: {str(error).splitlines()[0]}"
+        else:
+            return True
+        keys = self._scheduler.take_waiting()
+        log.warning("%d requests are answered in plain batches: %s", len(keys), reason)
+        if self._spec.degrade is not None:
+            self._spec.degrade(f"plain batches at times: {reason}")
+        self._leave_to_plain(keys)
+        return False
+
     def _drop_cache(self) -> None:
         """Plain batches need the memory; nothing in it is wanted any more."""
+        if self._cache is None:
+            return
         self._cache = self._decoder = None
         gc.collect()  # a decoder and its steps hold each other
         if self._shape.device.type == "cuda":
@@ -198,12 +233,12 @@ class SharedPrefixLoop:
     # ---- a pass
 
     def _pass(self) -> list[Outcome]:
+        if self._cache is None and self._scheduler.num_waiting and not self._could_make_cache():
+            return []
         scheduled = self._scheduler.next_pass()
         if not scheduled.num_tokens:
             return []
         try:
-            if self._cache is None:
-                self._make_cache()
             if self._decoder is not None and not scheduled.runs:
                 slots, rows, steps = self._decode(self._decoder, scheduled)
             else:
@@ -298,6 +333,9 @@ class SharedPrefixLoop:
             if self._spec.degrade is not None:
                 self._spec.degrade(f"plain batches after {MOST_FAILURES} failed passes: {message}")
         self._drop_cache()
+        self._leave_to_plain(keys)
+
+    def _leave_to_plain(self, keys: Sequence[RequestKey]) -> None:
         for key in keys:
             row = self._rows.pop(key)
             if key not in self._aborted:

@@ -214,14 +214,17 @@ class Scheduler:
     def take_back(self) -> list[RequestKey]:
         """Forget all that was admitted, and every node; their keys, for another engine."""
         entries = [one for one in self._reading if isinstance(one, _Entry)]
-        keys = [entry.key for entry in (*self._running.values(), *entries)]
+        entries = [*self._running.values(), *entries]
+        self.prompt_tokens -= sum(len(entry.token_ids) for entry in entries)
         self._reading.clear()
         self._running.clear()
         self._decoding.clear()
         self._slots = list(range(self.limits.num_slots))
         self._tree = PrefixTree()
+        peak_tokens = self._pool.peak_tokens
         self._pool = Pool(self.limits.pool_tokens)
-        return keys
+        self._pool.peak_tokens = peak_tokens
+        return [entry.key for entry in entries]
 
     def take_waiting(self) -> list[RequestKey]:
         """Forget all that waits; their keys."""

@@ -153,7 +153,7 @@ def read_run_file(paths: RunPaths) -> RunFile | None:
     """None where there is none. A broken one is an error: guessing would mix runs."""
     try:
         data = paths.identity.read_bytes()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     try:
         found = msgspec.json.decode(data, type=RunFile)

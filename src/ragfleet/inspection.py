@@ -14,7 +14,8 @@ import msgspec
 from ragfleet.accounting import estimate_lines
 from ragfleet.beats import read_beats
 from ragfleet.config import PlanConfig
-from ragfleet.errors import OutputError, WorkersFailed
+from ragfleet.earlier_files import check_output
+from ragfleet.errors import OutputError, UsageError, WorkersFailed
 from ragfleet.estimates import plan_requests
 from ragfleet.header import header_lines
 from ragfleet.identity import RunFile, read_run_file, write_run_file
@@ -23,7 +24,7 @@ from ragfleet.launch import RunPaths
 from ragfleet.launchers.torchrun import detect
 from ragfleet.merge import write_results
 from ragfleet.plan import Plan, static_slices
-from ragfleet.planning import find_finished, index_contexts, selection_of
+from ragfleet.planning import Indexed, find_finished, index_contexts, selection_of
 from ragfleet.preparation import prepare
 from ragfleet.privacy import is_private
 from ragfleet.run_lock import RunLock, holder_of
@@ -36,6 +37,12 @@ def plan_lines(config: PlanConfig) -> list[str]:
     selection = selection_of(config, preparation.num_workers, preparation.key_fields)
     indexed = index_contexts(selection, preparation.identity.run_key)
     finished = find_finished(indexed, preparation.paths.output_file)
+    refused = None
+    if not config.overwrite:
+        try:
+            check_output(preparation, len(finished.winners.answers))
+        except UsageError as error:
+            refused = str(error)
     done = finished.mask(indexed, config.retry_failed)
     to_do = indexed.requests & ~done
     plan, prefill = plan_requests(preparation, indexed, to_do, config.exact_tokens)
@@ -67,6 +74,9 @@ def plan_lines(config: PlanConfig) -> list[str]:
             preparation.prompts.system_prompt,
         )
         lines += [f"Estimate  {first}", *(f"          {line}" for line in more)]
+    if refused is not None:
+        first, *more = refused.splitlines()
+        lines += [f"Refused   infer would stop: {first}", *(f"          {line}" for line in more)]
     invalid = indexed.index.first_invalid
     lines += [f"Invalid   line {number}: {reason}" for number, reason in invalid[3:]]
     return lines
@@ -121,6 +131,8 @@ def status_lines(options: OutputOptions) -> list[str]:
     paths, run_file = run_of(options.output_file)
     assert run_file.selection is not None
     indexed = index_contexts(run_file.selection, bytes.fromhex(run_file.run_key))
+    if removed := _without_shards(paths, run_file, indexed):
+        return [removed]
     finished = find_finished(indexed, paths.output_file)
     kept, total = int(finished.mask(indexed).sum()), int(indexed.requests.sum())
     succeeded = int(finished.mask(indexed, retry_failed=True).sum())
@@ -150,6 +162,17 @@ def status_lines(options: OutputOptions) -> list[str]:
     return lines
 
 
+def _without_shards(paths: RunPaths, run_file: RunFile, indexed: Indexed) -> str | None:
+    """The line about a run that is merged as it is now and whose shards were removed then."""
+    merged = run_file.merged
+    if not merged or not merged["shards_removed"] or merged["digest"] != indexed.digest():
+        return None
+    total, output = int(indexed.requests.sum()), paths.output_file
+    if not output.exists():
+        return f"{output} is gone, and so are the shards of its {total:,} requests."
+    return f"{output}: all {total:,} requests finished and merged; the shards were removed."
+
+
 def merge_now(options: MergeOptions) -> str:
     """Merge the shards of a run; returns the line to print.
 
@@ -159,6 +182,8 @@ def merge_now(options: MergeOptions) -> str:
     paths, run_file = run_of(options.output_file)
     assert run_file.selection is not None
     indexed = index_contexts(run_file.selection, bytes.fromhex(run_file.run_key))
+    if removed := _without_shards(paths, run_file, indexed):
+        return removed
     finished = find_finished(indexed, paths.output_file)
     missing = int(indexed.requests.sum()) - int(finished.mask(indexed).sum())
     if options.partial:

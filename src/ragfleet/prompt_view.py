@@ -141,6 +141,7 @@ def _with_messages(prepared: RemotePrepared) -> Prepared:
 
 
 def _find_line(path: Path, identifier: str) -> tuple[bytes, int]:
+    wanted = identifier.encode(errors="surrogatepass")  # an argument that is not UTF-8
     try:
         with open(path, "rb") as file:
             for number, line in enumerate(file, 1):
@@ -148,7 +149,7 @@ def _find_line(path: Path, identifier: str) -> tuple[bytes, int]:
                     line = line.removeprefix(UTF8_BOM)  # noqa: PLW2901
                 if identifier == f"line:{number}":
                     return line, number
-                if identifier.encode() in line or not line.isascii() or b"\\u" in line:
+                if wanted in line or not line.isascii() or b"\\u" in line:
                     head = parse_head(line)
                     if head.id is not None and str(head.id) == identifier:
                         return line, number

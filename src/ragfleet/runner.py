@@ -337,16 +337,26 @@ class _Run:
             keep_better,
             private=self.private,
         )
+        others = finished.num_superfluous  # answers that are nowhere else
+        removes = self.config.remove_shards and not others
         run_file.merged = {
             "statistics": msgspec.to_builtins(statistics, str_keys=True),
             "digest": indexed.digest(),
-            "shards_removed": self.config.remove_shards,
+            "shards_removed": removes,
         }
         run_file.answer_tokens = self.answer_tokens(run_file)
         write_run_file(paths, run_file)
-        if self.config.remove_shards:
+        if removes:
             for shard in finished.shards:
                 shard.unlink()
+        elif self.config.remove_shards:
+            self.say(
+                Event(
+                    "note",
+                    f"--remove_shards: the shards stay, for they hold {others:,} answers that"
+                    f" {paths.output_file.name} does not.",
+                )
+            )
         if self.rank is None:  # other ranks' workers may only now be starting
             for array in paths.launch(self.launch_id).directory.glob("*.npy"):
                 array.unlink()

@@ -113,6 +113,8 @@ def verify(contexts: Path, results: Path) -> Verification:
 
 
 def _check_exists(results: Path) -> None:
+    if results.is_dir():
+        raise OutputError(f"{results} is a folder; name the results file.")
     if not results.exists():
         raise OutputError(
             f"There is no {results} yet: its run is not finished, or not merged. Run infer again;"
@@ -162,6 +164,9 @@ def failed_inputs(results: Path) -> Iterator[bytes]:
     assert run_file.selection is not None
     indexed = index_contexts(run_file.selection, bytes.fromhex(run_file.run_key))
     _check_exists(results)
+    changed = f"{results} is not of the current selection; run infer again."
+    if run_file.merged is not None and run_file.merged["digest"] != indexed.digest():
+        raise OutputError(changed)  # its rows are other lines', even if they are as many
     dropped = run_file.selection.drop_failed_contexts
     records = indexed.index.records
     rows = [row for part in indexed.selected for row in part]
@@ -169,7 +174,7 @@ def failed_inputs(results: Path) -> Iterator[bytes]:
     with open(results, "rb") as file, open(run_file.selection.contexts_file, "rb") as contexts:
         for row, line in zip_longest(kept, file):
             if row is None or line is None:
-                raise OutputError(f"{results} is not of the current selection; run infer again.")
+                raise OutputError(changed)
             if msgspec.json.decode(line, type=_Success).success:
                 continue
             contexts.seek(int(records["offset"][row]))

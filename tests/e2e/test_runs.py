@@ -250,6 +250,11 @@ def test_remove_shards_and_run_again(tmp_path: Path) -> None:
     assert "Nothing to do" in done.stderr
     assert generated(done) == (0, 10)
     assert (tmp_path / "out.jsonl").read_bytes() == before
+    for words in (["status"], ["merge"], ["merge", "--partial"]):
+        done = ragfleet(tmp_path, *words, "--output_file", "out.jsonl")
+        assert done.returncode == 0
+        assert "all 10 requests finished and merged; the shards were removed" in done.stdout
+    assert (tmp_path / "out.jsonl").read_bytes() == before
     # It can't be extended, and says so rather than losing the ten.
     write(tmp_path / "in.jsonl", plain(11))
     files = ("--contexts_file", "in.jsonl", "--output_file", "out.jsonl")
@@ -257,6 +262,59 @@ def test_remove_shards_and_run_again(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert "its shards removed (--remove_shards), so it can't be extended" in done.stderr
     assert (tmp_path / "out.jsonl").read_bytes() == before
+
+
+def test_shards_that_hold_more_than_the_output_are_not_removed(tmp_path: Path) -> None:
+    write(tmp_path / "in.jsonl", plain(20))
+    infer(tmp_path, *ECHO, "--num_workers", "2")
+    done = infer(tmp_path, *ECHO, "--max_samples_per_worker", "5", "--remove_shards")
+    assert "the shards stay, for they hold 15 answers that out.jsonl does not" in done.stderr
+    assert len(rows_of(tmp_path / "out.jsonl")) == 5
+    assert generated(infer(tmp_path, *ECHO, "--remove_shards")) == (0, 20)
+    assert len(rows_of(tmp_path / "out.jsonl")) == 20
+    assert shard_lines(tmp_path) == []
+
+
+def test_failures_of_a_file_that_was_edited_since_are_not_told(tmp_path: Path) -> None:
+    records = [
+        {**record, "query": " "} if n % 3 == 0 else record for n, record in enumerate(plain(12))
+    ]
+    write(tmp_path / "in.jsonl", records)
+    infer(tmp_path, *ECHO)
+    done = ragfleet(tmp_path, "failures", "out.jsonl")
+    assert [json.loads(line)["id"] for line in done.stdout.splitlines()] == ["r0", "r3", "r6", "r9"]
+    write(tmp_path / "in.jsonl", records[::-1])
+    done = ragfleet(tmp_path, "failures", "out.jsonl")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "is not of the current selection; run infer again" in done.stderr
+
+
+def test_plan_says_what_infer_would_refuse(tmp_path: Path) -> None:
+    write(tmp_path / "in.jsonl", plain(4))
+    files = ("--contexts_file", "in.jsonl", "--output_file", "out.jsonl")
+    infer(tmp_path, *ECHO)
+    assert "Refused" not in ragfleet(tmp_path, "plan", *files, *ECHO).stdout
+    other = (*ECHO, "--max_new_tokens", "7")
+    done = ragfleet(tmp_path, "plan", *files, *other)
+    assert ragfleet(tmp_path, "infer", *files, *other).returncode == 2
+    refused = done.stdout.partition("\nRefused   infer would stop: ")[2]
+    assert "belongs to a run with other settings" in refused
+    assert "max_new_tokens" in refused
+    assert "Refused" not in ragfleet(tmp_path, "plan", *files, *other, "--overwrite").stdout
+
+
+def test_paths_that_no_run_can_have(tmp_path: Path) -> None:
+    write(tmp_path / "in.jsonl", plain(4))
+    infer(tmp_path, *ECHO)
+    done = ragfleet(tmp_path, "status", "--output_file", "in.jsonl/out.jsonl")
+    assert done.returncode == 2
+    assert "There is no run for" in done.stderr
+    done = ragfleet(tmp_path, "failures", "out.run")
+    assert done.returncode == 2
+    assert "is a folder; name the results file" in done.stderr
+    done = ragfleet(tmp_path, "show", "\udced\udca0", "--contexts_file", "in.jsonl", *ECHO)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
 
 
 # ------------------------------------------------------------------ users' own classes

@@ -8,11 +8,12 @@ It knows nothing of argument parsing, files, GPUs or models.
 from __future__ import annotations
 
 import dataclasses
+import math
 import urllib.parse
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Final, Literal, get_args
 
 from ragfleet import combinations
 from ragfleet.errors import ConfigError
@@ -33,6 +34,9 @@ FailedContexts = Literal["row", "drop"]
 PrefixSharing = Literal["auto", "on", "off"]
 
 
+LONGEST_S: Final = 100 * 365.25 * 86_400
+"""A century; what waits takes no more than three of them, and files of a run hold no infinity."""
+
 _CHOICES = {
     "inference_type": get_args(InferenceType),
     "engine": get_args(EngineName),
@@ -45,6 +49,19 @@ _CHOICES = {
     "failed_contexts": get_args(FailedContexts),
     "prefix_sharing": get_args(PrefixSharing),
 }
+
+
+def _path(name: str, value: str | Path) -> Path:
+    """With the home folder for a `~`, which a shell leaves alone in quotes, and TOML always."""
+    path = Path(value)
+    if path.parts[:1] != ("~",):
+        return path
+    try:
+        return path.expanduser()
+    except RuntimeError:
+        raise ConfigError(
+            f"--{name} {path}: there is no home folder here; write the path in full."
+        ) from None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,8 +216,8 @@ class RunConfig:
     def __post_init__(self) -> None:
         for name in ("contexts_file", "output_file", "prompt_template", "api_key_file"):
             value = getattr(self, name)
-            if value is not None and not isinstance(value, Path):
-                object.__setattr__(self, name, Path(value))
+            if value is not None:
+                object.__setattr__(self, name, _path(name, value))
         object.__setattr__(self, "stop", tuple(self.stop))
         for name in ("temperature", "top_p"):  # 0 and 0.0 are one run
             object.__setattr__(self, name, float(getattr(self, name)))
@@ -217,6 +234,7 @@ class RunConfig:
                 value is None or value >= least,
                 f"--{name} is {value}; it must be at least {least}.",
             )
+            require(value != math.inf, f"--{name} is {value}; it must be a finite number.")
 
         for name, choices in _CHOICES.items():
             value = getattr(self, name)
@@ -240,6 +258,10 @@ class RunConfig:
         for name in ("request_timeout_s", "start_timeout_s", "stall_timeout_s", "fsync_s"):
             value = getattr(self, name)
             require(value is None or value > 0, f"--{name} is {value}; it must be above 0.")
+            require(
+                value is None or value <= LONGEST_S,
+                f"--{name} is {value}; it must be at most {LONGEST_S:.0f} seconds.",
+            )
         require(all(self.stop), "--stop holds an empty string; leave it out.")
         for name, text in (
             ("system_prompt", self.system_prompt or ""),
@@ -294,7 +316,10 @@ class RunConfig:
             at_least(name, 1)
         for name in ("price_in", "price_out", "max_cost", "max_tokens_total", "max_outage_s"):
             at_least(name, 0)
-        require(self.batch_poll_s > 0, "--batch_poll_s must be above 0.")
+        require(
+            0 < self.batch_poll_s <= LONGEST_S,
+            f"--batch_poll_s must be above 0 and at most {LONGEST_S:.0f} seconds.",
+        )
         check_extra_body(self.extra_body)
         if self.base_url is not None:
             url = urllib.parse.urlsplit(self.base_url)

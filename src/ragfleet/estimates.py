@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ragfleet.engines.protocol import PromptSettings
+from ragfleet.errors import InputError
 from ragfleet.index import read_lines
 from ragfleet.model_files import context_limit
 from ragfleet.plan import Plan
@@ -43,6 +44,7 @@ _TOKENISED: Final = np.dtype(
         ("tokens", "<f8"),
         ("prefix_tokens", "<f8"),
         ("too_long", "<f8"),
+        ("fails", "<f8"),
     ]
 )
 _OTHER_QUESTION: Final = "\N{REFERENCE MARK}"
@@ -78,6 +80,8 @@ class Prefill:
             known).
             Without --truncate_context they fail, and count in none of the sums.
         num_sampled: prompts that were tokenised; `is_exact` says that it was all of them.
+        num_failing: requests whose prompt can't be made; `first_failure` says why. They count in
+            none of the sums.
     """
 
     prompts: Estimate
@@ -86,6 +90,8 @@ class Prefill:
     num_too_long: Estimate | None
     num_sampled: int
     is_exact: bool
+    num_failing: Estimate = Estimate(0.0, 0.0)
+    first_failure: str | None = None
 
 
 def total_of(
@@ -167,6 +173,7 @@ class PrefillSample:
         group = indexed.index.grouping["group"][self._rows]
         self._leads = self._rows[np.unique(group, return_index=True)[1]]
         draw = np.random.default_rng(_SEED)
+        self._first_failure: str | None = None
         self._requests, prefixes = self._tokenise(_drawn(draw, self._rows))
         self._groups, more = self._tokenise(_drawn(draw, self._leads))
         self._common_tokens = self._count_common(prefixes + more)
@@ -193,7 +200,7 @@ class PrefillSample:
         )
         rests = sample["tokens"] - sample["prefix_tokens"]
         rest = total_of(sample["suffix_bytes"], rests, num_all, suffix_bytes)
-        rest += Estimate(float(self._common_tokens * self._num_workers), 0.0)
+        rest += Estimate(float(self._common_of(plan, prompts)), 0.0)
         too_long = None
         if self._most_tokens is not None:
             too_long = total_of(np.zeros(len(sample)), sample["too_long"], num_all, 0.0)
@@ -204,6 +211,8 @@ class PrefillSample:
             num_too_long=too_long,
             num_sampled=len(sample),
             is_exact=len(sample) == num_all,
+            num_failing=total_of(np.zeros(len(sample)), sample["fails"], num_all, 0.0),
+            first_failure=self._first_failure,
         )
 
     def count(self, plan: Plan) -> Prefill:
@@ -211,20 +220,23 @@ class PrefillSample:
         group = self._indexed.index.grouping["group"][plan.order]
         by_group = np.argsort(group, kind="stable")  # static plans have groups apart
         order, groups = plan.order[by_group], group[by_group].tolist()
-        prompts = rests = num_too_long = 0
+        prompts = rests = num_too_long = num_failing = 0
+        first_failure = None
         prefix_of: dict[int, int] = {}
         for key, line in zip(groups, self._lines(order), strict=True):
             try:
                 tokens, prefix = self._prefixes.split_next(line)
-            except RecordPromptError:
-                continue  # it gets a failure row
+            except RecordPromptError as error:
+                num_failing += 1
+                first_failure = first_failure or str(error)
+                continue
             tokens, prefix, is_too_long = self._fitted(tokens, prefix)
             num_too_long += is_too_long
             if tokens:
                 prompts, rests = prompts + tokens, rests + tokens - prefix
                 prefix_of[key] = prefix
         common = self._common_tokens
-        rests += common * self._num_workers
+        rests += self._common_of(plan, Estimate(prompts, 0.0))
         again = group[plan.leads].tolist()
         return Prefill(
             prompts=Estimate(prompts, 0.0),
@@ -233,7 +245,14 @@ class PrefillSample:
             num_too_long=None if self._most_tokens is None else Estimate(num_too_long, 0.0),
             num_sampled=len(order),
             is_exact=True,
+            num_failing=Estimate(num_failing, 0.0),
+            first_failure=first_failure,
         )
+
+    def _common_of(self, plan: Plan, prompts: Estimate) -> int:
+        """What all prompts begin with, once for each worker that has any."""
+        num_workers = len(np.unique(plan.chunks["slice"]))
+        return self._common_tokens * num_workers if prompts.total else 0
 
     def _prefixes_of(self, rows: NDArray[Any]) -> Estimate:
         """Tokens of the prefixes of these rows, one row for each prefill, the common part apart."""
@@ -246,13 +265,15 @@ class PrefillSample:
         grouping = self._indexed.index.grouping
         found, prefixes = [], []
         for row, line in zip(rows.tolist(), self._lines(rows), strict=True):
+            fails = False
             try:
                 tokens, prefix, text = self._prefixes.split(line)
-            except RecordPromptError:
-                tokens, prefix, text = 0, 0, ""  # it gets a failure row
+            except RecordPromptError as error:
+                tokens, prefix, text, fails = 0, 0, "", True
+                self._first_failure = self._first_failure or str(error)
             sizes = grouping[row]
             fitted = self._fitted(tokens, prefix)
-            found.append((sizes["prefix_bytes"], sizes["suffix_bytes"], *fitted))
+            found.append((sizes["prefix_bytes"], sizes["suffix_bytes"], *fitted, fails))
             prefixes += [text] if text else []
         return np.array(found, _TOKENISED), prefixes
 
@@ -287,6 +308,9 @@ def plan_requests(
 
     Args:
         exact: count all prompts.
+
+    Raises:
+        InputError: not one prompt of the run can be made.
     """
     sample = None
     if to_do.any() and can_tokenise(preparation):
@@ -295,7 +319,16 @@ def plan_requests(
     plan = indexed.plan(to_do, preparation.config.schedule, costs)
     if sample is None:
         return plan, None
-    return plan, sample.count(plan) if exact else sample.estimate(plan)
+    prefill = sample.count(plan) if exact else sample.estimate(plan)
+    # Where answers are there already, what remains gets its failure rows, so that it can be merged.
+    is_all = prefill.is_exact and int(to_do.sum()) == int(indexed.requests.sum())
+    if is_all and prefill.num_failing.total == len(plan.order):
+        raise InputError(
+            f"Not one of the {len(plan.order):,} prompts can be made; the first:"
+            f" {prefill.first_failure}. See --prompt_template and the fields of the records"
+            " (ragfleet show)."
+        )
+    return plan, prefill
 
 
 def can_tokenise(preparation: Preparation) -> bool:

@@ -7,6 +7,7 @@ import platform
 import ragfleet
 from ragfleet.estimates import Prefill
 from ragfleet.index import Kind
+from ragfleet.plain_text import one_line
 from ragfleet.plan import Plan
 from ragfleet.planning import Finished, Indexed
 from ragfleet.precision import resolve_precision
@@ -79,16 +80,19 @@ def input_lines(indexed: Indexed) -> list[str]:
 
 def prefill_lines(prefill: Prefill) -> list[str]:
     """What has to be computed of the prompts, and what sharing saves of it."""
-    least = max(prefill.prompts.total, 1.0)
+    prompts, shared = prefill.prompts.total, prefill.shared.total
+    less = f" ({1 - shared / prompts:.0%} less)" if 0 < shared < prompts else ""
     source = "counted" if prefill.is_exact else f"from {prefill.num_sampled:,} sampled prompts"
-    lines = [
-        f"{prefill.prompts} prompt tokens; each prefix once {prefill.shared}"
-        f" ({1 - prefill.shared.total / least:.0%} less), {source}"
-    ]
+    lines = [f"{prefill.prompts} prompt tokens; each prefix once {prefill.shared}{less}, {source}"]
     if prefill.planned.total > prefill.shared.total * 1.005:
         lines.append(f"as planned {prefill.planned}: prefixes again where a group is cut or apart")
     if prefill.num_too_long is not None and prefill.num_too_long.total:
         lines.append(f"{prefill.num_too_long} prompts are too long for the model with this answer")
+    if prefill.num_failing.total:
+        lines.append(
+            f"{prefill.num_failing} prompts can't be made and get failure rows; the first:"
+            f" {one_line(prefill.first_failure or '')}"
+        )
     return lines
 
 

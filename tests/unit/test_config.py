@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -415,6 +416,9 @@ def test_toml_that_is_not_there_or_unreadable(tmp_path: Path) -> None:
         ),
         ({"inference_class": "mine"}, "must be file.py:ClassName"),
         ({"inference_class": "mine.py:not a name"}, "must be file.py:ClassName"),
+        ({"stall_timeout_s": math.inf}, "it must be at most 3155760000 seconds"),
+        ({"fsync_s": 1e300}, "--fsync_s is 1e+300; it must be at most"),
+        ({"temperature": math.inf}, "--temperature is inf; it must be a finite number"),
         ({"max_model_len": 512}, "leaves no room for a prompt"),
     ],
 )
@@ -445,3 +449,13 @@ def test_equal_records_are_answered_one_by_one_only_when_sampling_or_told() -> N
     assert config_of(temperature=0.2).distinct_samples
     assert config_of(temperature=0, dedup="off").distinct_samples
     assert not config_of(temperature=0).distinct_samples
+
+
+def test_a_home_folder_stands_for_a_tilde(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    for text, path in (
+        ("~/a/t.jinja", "/home/me/a/t.jinja"),
+        ("~t.jinja", "~t.jinja"),
+        ("a/~/t.jinja", "a/~/t.jinja"),
+    ):
+        assert config_of(prompt_template=text).prompt_template == Path(path)

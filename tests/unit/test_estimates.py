@@ -16,6 +16,7 @@ import pytest
 from ragfleet.beats import Beat
 from ragfleet.config import RunConfig
 from ragfleet.engines.protocol import Prepared, Request, SamplingParams
+from ragfleet.errors import InputError
 from ragfleet.estimates import (
     Estimate,
     Prefill,
@@ -232,6 +233,47 @@ def test_a_template_with_the_question_first_shares_nothing_but_the_head(tmp_path
     head = num_common(list(ids.values()))
     least = sum(map(len, ids.values())) - head * (len(ids) - 1)
     assert found.shared.total == pytest.approx(least, rel=0.02)
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_prompts_that_cannot_be_made_are_told_and_none_at_all_is_refused(
+    tmp_path: Path, exact: bool
+) -> None:
+    template = tmp_path / "t.jinja"
+    template.write_text("{% if '3' in query %}{{ nope }}{% endif %}{{ query }} {{ context }}")
+    preparation, indexed = prepared_run(tmp_path, 60, 5, prompt_template=template)
+    _, prefill = plan_requests(preparation, indexed, indexed.requests, exact)
+    assert prefill is not None
+    records = map(json.loads, indexed.index.path.read_text().splitlines())
+    failing = sum("3" in record["query"] for record in records)
+    assert 0 < prefill.num_failing.total == failing < 60
+    line = prefill_lines(prefill)[-1]
+    assert line.startswith(f"{failing} prompts can't be made and get failure rows; the first: ")
+    assert "nope" in line
+    template.write_text("{{ nope }}")
+    preparation, indexed = prepared_run(tmp_path, 60, 5, prompt_template=template)
+    with pytest.raises(
+        InputError, match=r"Not one of the 60 prompts can be made; the first: .*nope"
+    ):
+        plan_requests(preparation, indexed, indexed.requests, exact)
+    # What an earlier start left to fail gets its rows.
+    rest = indexed.requests.copy()
+    rest[: len(rest) // 2] = False
+    assert plan_requests(preparation, indexed, rest, exact)[1] is not None
+
+
+def test_workers_without_work_do_not_count(tmp_path: Path) -> None:
+    preparation, indexed = prepared_run(tmp_path, 12, 3, num_workers=1000)
+    for exact in (False, True):
+        found = plan_requests(preparation, indexed, indexed.requests, exact)[1]
+        assert found is not None
+        assert found.shared.total <= found.prompts.total
+        assert "% less" in prefill_lines(found)[0]
+    preparation, indexed = prepared_run(tmp_path, 12, 3, max_new_tokens=10**6)
+    nothing = plan_requests(preparation, indexed, indexed.requests)[1]
+    assert nothing is not None
+    assert nothing.shared.total == nothing.prompts.total == 0
+    assert "less" not in prefill_lines(nothing)[0]
 
 
 def test_a_later_start_plans_with_the_answers_of_the_earlier_one(tmp_path: Path) -> None:

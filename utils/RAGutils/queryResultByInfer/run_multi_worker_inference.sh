@@ -234,4 +234,5 @@ if [[ ${origin[MODEL_PATH]} == script && $ENGINE != echo ]]; then
   [[ $MODEL_PATH == pocket || -d $MODEL_PATH ]] ||
     die "there is no model at $MODEL_PATH: set MODEL_PATH (pocket is the demo model)"
 fi
+command -v -- "$PYTHON" > /dev/null || die "there is no PYTHON=$PYTHON"
 exec "${command[@]}"

@@ -113,8 +113,11 @@ def total_of(
 class Prefixes:
     """Tokenises records as the worker will, each prompt in two parts."""
 
-    def __init__(self, tokenizer: PromptTokenizer, settings: PromptSettings) -> None:
-        self._tokenizer, self._settings = tokenizer, settings
+    def __init__(
+        self, tokenizer: PromptTokenizer, settings: PromptSettings, most_tokens: int | None = None
+    ) -> None:
+        """`most_tokens`: of a prompt that does not fail; None: none fails for its length."""
+        self._tokenizer, self._settings, self._most = tokenizer, settings, most_tokens
         self._num_special = {adds: len(tokenizer.encode("", adds)) for adds in (False, True)}
         self._prefix, self._prefix_tokens = "", 0
 
@@ -122,6 +125,8 @@ class Prefixes:
         """(tokens, tokens of its prefix, the prefix) of one prompt. Raises RecordPromptError."""
         head, record = _parse(line)
         prompt, adds = self._render(head, record, head.query)
+        if (least := self._far_above(prompt)) is not None:
+            return least, 0, ""
         other, _ = self._render(head, record, _OTHER_QUESTION)
         common = _common_prefix(prompt, other)
         offsets = self._tokenizer.offsets(prompt)
@@ -135,10 +140,15 @@ class Prefixes:
         head, record = _parse(line)
         prompt, _ = self._render(head, record, head.query)
         if self._prefix and prompt.startswith(self._prefix):
+            if (least := self._far_above(prompt)) is not None:
+                return least, 0
             rest = self._tokenizer.encode(prompt[len(self._prefix) :], False)
             return self._prefix_tokens + len(rest), self._prefix_tokens
         tokens, self._prefix_tokens, self._prefix = self.split(line)
         return tokens, self._prefix_tokens
+
+    def _far_above(self, prompt: str) -> int | None:
+        return None if self._most is None else self._tokenizer.tokens_far_above(self._most, prompt)
 
     def num_tokens_within(self, prompt: str, num_characters: int) -> int:
         """Tokens of a prompt that end within its first characters, special ones included."""
@@ -165,10 +175,14 @@ class PrefillSample:
         assert preparation.model_dir is not None
         config = preparation.config
         self._indexed, self._num_workers = indexed, preparation.num_workers
-        self._prefixes = Prefixes(load_tokenizer(preparation.model_dir), preparation.prompts)
         limit = config.max_model_len or context_limit(preparation.model_dir)
         self._most_tokens = None if limit is None else limit - config.max_new_tokens
         self._truncates = config.truncate_context != "error"
+        self._prefixes = Prefixes(
+            load_tokenizer(preparation.model_dir),
+            preparation.prompts,
+            None if self._truncates else self._most_tokens,
+        )
         self._rows = np.flatnonzero(to_do)
         group = indexed.index.grouping["group"][self._rows]
         self._leads = self._rows[np.unique(group, return_index=True)[1]]

@@ -13,7 +13,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 from ragfleet.engines.protocol import (
     Failure,
@@ -59,6 +59,11 @@ class Backend(Protocol):
     def token_id(self, token: str) -> int | None: ...
 
 
+_FAR: Final = 32
+"""Characters for each token that there is room for: so many of any text are some times as many."""
+_LEAST_FAR: Final = 1024
+
+
 class PromptTokenizer:
     """A model's tokenizer and chat template. Make one with `load_tokenizer`."""
 
@@ -92,6 +97,18 @@ class PromptTokenizer:
 
     def offsets(self, text: str) -> list[tuple[int, int]]:
         return self._backend.offsets(text)
+
+    def tokens_far_above(self, most: int, prompt: str) -> int | None:
+        """How many tokens the begin of a prompt has alone, where that is far above `most`.
+
+        None: the whole has to be looked at. A line of 50 MB would take minutes and gigabytes, only
+        to be refused.
+        """
+        num_characters = _FAR * max(most, _LEAST_FAR)
+        if len(prompt) <= num_characters:
+            return None
+        count = len(self._backend.encode(prompt[:num_characters], False))
+        return count if count > 2 * max(most, _LEAST_FAR) else None
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text without special tokens; an incomplete character at an end comes out as U+FFFD."""
@@ -318,22 +335,26 @@ def prepare_prompt(
     (`truncate_context`); the rest of the prompt is never cut.
     """
 
-    def tokenise(context: str) -> tuple[str, list[int]]:
+    def render(context: str) -> tuple[str, bool]:
         messages = build_messages(
             settings, request.record, request.query, context, request.retrieval_method
         )
-        prompt, add_special_tokens = tokenizer.render(messages, settings)
-        return prompt, tokenizer.encode(prompt, add_special_tokens)
+        return tokenizer.render(messages, settings)
 
+    budget = None if max_model_len is None else max_model_len - sampling.max_new_tokens
     try:
-        prompt, ids = tokenise(request.context)
+        prompt, add_special_tokens = render(request.context)
+        if budget is not None and settings.truncate_context == "error":
+            least = tokenizer.tokens_far_above(budget, prompt)
+            if least is not None:
+                return _too_long(request, least, sampling, max_model_len, " and more")
+        ids = tokenizer.encode(prompt, add_special_tokens)
         if not ids:
             raise RecordPromptError("the prompt is empty")
-        budget = None if max_model_len is None else max_model_len - sampling.max_new_tokens
         if budget is None or len(ids) <= budget:
             return Prepared(request=request, prompt=prompt, token_ids=ids)
         if settings.truncate_context == "error":
-            return _too_long(request, len(ids), sampling, max_model_len, "")
+            return _too_long(request, len(ids), sampling, max_model_len)
         offsets = tokenizer.offsets(request.context)
         keep = len(offsets)
         length = len(ids)
@@ -341,7 +362,9 @@ def prepare_prompt(
             # A token less in the context is about one less in the prompt; where tokens merge anew
             # at the cut it is fewer, so the rest is measured and cut again.
             keep = max(0, keep - (length - budget))
-            prompt, ids = tokenise(_cut(request.context, offsets, keep, settings.truncate_context))
+            cut = _cut(request.context, offsets, keep, settings.truncate_context)
+            prompt, add_special_tokens = render(cut)
+            ids = tokenizer.encode(prompt, add_special_tokens)
             length = len(ids)
             if length <= budget:
                 return Prepared(
@@ -350,7 +373,7 @@ def prepare_prompt(
                     token_ids=ids,
                     truncated_tokens=len(offsets) - keep,
                 )
-        return _too_long(request, length, sampling, max_model_len, " without its context")
+        return _too_long(request, length, sampling, max_model_len, " without its context", "")
     except RecordPromptError as error:
         return Failure(key=request.key, error_type=error.error_type, error=str(error))
 
@@ -369,13 +392,14 @@ def _too_long(
     length: int,
     sampling: SamplingParams,
     max_model_len: int | None,
-    without: str,
+    which: str = "",
+    advice: str = f" {_ADVICE}",
 ) -> Failure:
     wanted = length + sampling.max_new_tokens
     return Failure(
         key=request.key,
         error_type="too_long",
-        error=f"the prompt has {length} tokens{without} and --max_new_tokens is"
+        error=f"the prompt has {length} tokens{which} and --max_new_tokens is"
         f" {sampling.max_new_tokens}: {wanted} together, but the model takes {max_model_len}."
-        + ("" if without else f" {_ADVICE}"),
+        + advice,
     )

@@ -32,7 +32,7 @@ from ragfleet.planning import Indexed, cost_model, index_contexts, selection_of
 from ragfleet.preparation import Preparation, pocket_folder, prepare
 from ragfleet.records import LazyRecord
 from ragfleet.summary import Generation, generation_of
-from ragfleet.tokens import load_tokenizer, prepare_prompt
+from ragfleet.tokens import PromptTokenizer, load_tokenizer, prepare_prompt
 
 WORDS = Path(__file__).read_text(encoding="utf-8").split()
 
@@ -233,6 +233,35 @@ def test_a_template_with_the_question_first_shares_nothing_but_the_head(tmp_path
     head = num_common(list(ids.values()))
     least = sum(map(len, ids.values())) - head * (len(ids) - 1)
     assert found.shared.total == pytest.approx(least, rel=0.02)
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_a_line_of_megabytes_is_not_tokenised_as_a_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exact: bool
+) -> None:
+    preparation, _ = prepared_run(tmp_path, 20, 4)
+    contexts = preparation.config.contexts_file
+    with open(contexts, "a", encoding="utf-8") as file:
+        file.write(json.dumps({"query": "q", "context": "word " * 500_000}) + "\n")
+    selection = selection_of(preparation.config, 1, preparation.key_fields)
+    indexed = index_contexts(selection, preparation.identity.run_key)
+    longest = 0
+    offsets, encode = PromptTokenizer.offsets, PromptTokenizer.encode
+
+    def counted(method: Any) -> Any:
+        def call(self: PromptTokenizer, text: str, *more: Any) -> Any:
+            nonlocal longest
+            longest = max(longest, len(text))
+            return method(self, text, *more)
+
+        return call
+
+    monkeypatch.setattr(PromptTokenizer, "offsets", counted(offsets))
+    monkeypatch.setattr(PromptTokenizer, "encode", counted(encode))
+    found = plan_requests(preparation, indexed, indexed.requests, exact)[1]
+    assert found is not None
+    assert found.num_too_long == Estimate(1, 0)
+    assert longest < 100_000
 
 
 @pytest.mark.parametrize("exact", [False, True])

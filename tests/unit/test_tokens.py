@@ -269,6 +269,34 @@ def test_truncation_reaches_templates_that_use_the_record(folder: Path) -> None:
     assert len(prepared.token_ids) <= 190
 
 
+def test_a_line_of_megabytes_is_refused_by_its_begin(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = load_tokenizer(folder)
+    lengths: list[int] = []
+    encode = tokenizer._backend.encode
+
+    def counted(text: str, add_special_tokens: bool) -> list[int]:
+        lengths.append(len(text))
+        return encode(text, add_special_tokens)
+
+    monkeypatch.setattr(tokenizer._backend, "encode", counted)
+    failure = prepare(tokenizer, 2000, asked=request("numpy.mean " * 500_000))
+    assert isinstance(failure, Failure)
+    assert failure.error_type == "too_long"
+    assert " tokens and more and --max_new_tokens is " in failure.error
+    assert "Use --truncate_context" in failure.error
+    assert max(lengths) < 100_000
+    # Few tokens for so much text: only the whole can tell.
+    monkeypatch.setattr("ragfleet.tokens._FAR", 1)
+    monkeypatch.setattr("ragfleet.tokens._LEAST_FAR", 1)
+    free = prepare(tokenizer, None)
+    assert isinstance(free, Prepared)
+    length = len(free.token_ids)
+    assert length < len(free.prompt)
+    assert prepare(tokenizer, length + 10) == free
+
+
 def test_template_errors_fail_the_record_alone(folder: Path, tmp_path: Path) -> None:
     failure = prepare(load_tokenizer(folder), None, template="{{ nothing }}")
     assert isinstance(failure, Failure)

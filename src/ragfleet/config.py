@@ -52,16 +52,12 @@ _CHOICES = {
 
 
 def _path(name: str, value: str | Path) -> Path:
-    """With the home folder for a `~`, which a shell leaves alone in quotes, and TOML always."""
+    """Raises ConfigError for a `~`, which a shell leaves alone in quotes, and TOML always: it would
+    be a folder of that name."""
     path = Path(value)
-    if path.parts[:1] != ("~",):
-        return path
-    try:
-        return path.expanduser()
-    except RuntimeError:
-        raise ConfigError(
-            f"--{name} {path}: there is no home folder here; write the path in full."
-        ) from None
+    if path.parts[:1] == ("~",):
+        raise ConfigError(f"--{name} {path}: no shell has put the home folder for ~; write it out.")
+    return path
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import shutil
 import time
 from pathlib import Path
+from typing import Any
 
 from ragfleet.errors import OutputError
 from ragfleet.identity import check_same_run, check_truncation
 from ragfleet.launch import RunPaths
+from ragfleet.planning import Indexed
 from ragfleet.preparation import Preparation
 from ragfleet.shards import list_shards, partial_path
 
@@ -34,6 +36,27 @@ def check_output(preparation: Preparation, num_answers: int) -> None:
     check_same_run(run_file, preparation.identity, paths.output_file, num_answers)
     truncation = [config.truncate_context, config.max_model_len]
     check_truncation(run_file, truncation, paths.output_file)
+
+
+def merged_without_shards(
+    preparation: Preparation, indexed: Indexed, retry_failed: bool
+) -> dict[str, Any] | None:
+    """What is known of the merge of a run that is complete and whose shards were removed then, else
+    None. Raises OutputError where it would have to be extended."""
+    merged = preparation.run_file.merged if preparation.run_file else None
+    if not merged or not merged.get("shards_removed"):
+        return None
+    output = preparation.paths.output_file
+    if (
+        merged["digest"] != indexed.digest()
+        or not output.exists()
+        or (retry_failed and merged["statistics"]["failed"])
+    ):
+        raise OutputError(
+            f"{output} was merged and its shards removed (--remove_shards), so it can't be"
+            " extended. Take another --output_file, or --overwrite."
+        )
+    return merged
 
 
 def remove_old_launches(paths: RunPaths) -> None:

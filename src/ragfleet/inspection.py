@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
+import numpy as np
 
 from ragfleet.accounting import estimate_lines
 from ragfleet.beats import read_beats
 from ragfleet.config import PlanConfig
-from ragfleet.earlier_files import check_output
+from ragfleet.earlier_files import check_output, merged_without_shards
 from ragfleet.errors import OutputError, UsageError, WorkersFailed
 from ragfleet.estimates import plan_requests
 from ragfleet.header import header_lines
@@ -28,7 +29,7 @@ from ragfleet.planning import Indexed, find_finished, index_contexts, selection_
 from ragfleet.preparation import prepare
 from ragfleet.privacy import is_private
 from ragfleet.run_lock import RunLock, holder_of
-from ragfleet.shards import partial_path
+from ragfleet.shards import list_shards, partial_path
 
 
 def plan_lines(config: PlanConfig) -> list[str]:
@@ -37,13 +38,16 @@ def plan_lines(config: PlanConfig) -> list[str]:
     selection = selection_of(config, preparation.num_workers, preparation.key_fields)
     indexed = index_contexts(selection, preparation.identity.run_key)
     finished = find_finished(indexed, preparation.paths.output_file)
-    refused = None
-    if not config.overwrite:
+    done, refused = finished.mask(indexed, config.retry_failed), None
+    if config.overwrite:
+        done = np.zeros_like(done)
+    else:
         try:
             check_output(preparation, len(finished.winners.answers))
+            if merged_without_shards(preparation, indexed, config.retry_failed):
+                done = indexed.requests.copy()
         except UsageError as error:
             refused = str(error)
-    done = finished.mask(indexed, config.retry_failed)
     to_do = indexed.requests & ~done
     plan, prefill = plan_requests(preparation, indexed, to_do, config.exact_tokens)
     lines = header_lines(preparation, indexed, plan, finished, prefill)
@@ -164,12 +168,17 @@ def status_lines(options: OutputOptions) -> list[str]:
 
 def _without_shards(paths: RunPaths, run_file: RunFile, indexed: Indexed) -> str | None:
     """The line about a run that is merged as it is now and whose shards were removed then."""
-    merged = run_file.merged
+    merged, output = run_file.merged, paths.output_file
     if not merged or not merged["shards_removed"] or merged["digest"] != indexed.digest():
         return None
-    total, output = int(indexed.requests.sum()), paths.output_file
+    if list_shards(output):  # a copy that was put back, or replies to a batch
+        return None
+    total = int(indexed.requests.sum())
     if not output.exists():
-        return f"{output} is gone, and so are the shards of its {total:,} requests."
+        raise OutputError(
+            f"{output} is gone, and so are the shards of its {total:,} requests (--remove_shards);"
+            " infer with --overwrite makes them anew."
+        )
     return f"{output}: all {total:,} requests finished and merged; the shards were removed."
 
 

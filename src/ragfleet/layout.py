@@ -233,12 +233,14 @@ def cpu_workers(
     available_bytes: int | None,
     weights_bytes: int | None,
     engine_bytes: Callable[[int], int] = lambda num_threads: 0,
+    *,
+    is_asked: bool = False,
 ) -> tuple[int, str]:
     """(workers, the line that says why): one for each `num_threads` cores, if memory allows.
 
     Each worker holds the whole model, and with its part of the cores, so many threads, up to
     `engine_bytes` of keys, values and what is packed anew. Raises DeviceError where not even one
-    fits, all of that left aside.
+    fits, with all of that if it `is_asked` for, else without.
     """
     workers = most = max(1, num_cores // num_threads)
     why = f"{num_cores} cores // {num_threads} thread(s) = {workers}"
@@ -260,6 +262,11 @@ def cpu_workers(
         why += (
             f", but memory holds {workers}: {gib(each(workers))} each of {gib(available_bytes)}"
             " available"
+        )
+    if each(workers) > available_bytes and is_asked:
+        raise DeviceError(
+            f"The model and --kv_cache_bytes do not fit into memory: {gib(each(workers))} together,"
+            f" of {gib(available_bytes)} available."
         )
     if each(workers) > available_bytes:
         why += (

@@ -122,13 +122,15 @@ class Finished:
     Attributes:
         shards: files that hold at least one result, or nothing at all.
         num_invalid: lines that are no results.
-        num_superfluous: finished keys that no current record asks for.
+        num_superfluous: finished keys that no current record asks for; `num_unasked_answers` of
+            them did not fail.
     """
 
     winners: Winners
     shards: tuple[Path, ...]
     num_invalid: int
     num_superfluous: int
+    num_unasked_answers: int = 0
 
     def mask(self, indexed: Indexed, retry_failed: bool = False) -> NDArray[np.bool_]:
         """[num_records] Which requests have their outcome already."""
@@ -148,12 +150,19 @@ def find_finished(indexed: Indexed, output_file: Path) -> Finished:
     scanned = scan_shards(list_shards(output_file))
     winners = choose(scanned)
     requests = indexed.index.records[indexed.requests]
-    asked = winners.find(requests["key_hi"], requests["key_lo"]) >= 0
+    found = winners.find(requests["key_hi"], requests["key_lo"])
+    asked = found[found >= 0]
     with_results = set(np.unique(scanned.answers["shard"]).tolist())
     shards = tuple(
         path
         for number, path in enumerate(scanned.paths)
         if number in with_results or path.stat().st_size == 0
     )
-    num_superfluous = len(winners.answers) - int(asked.sum())
-    return Finished(winners, shards, scanned.num_invalid, num_superfluous)
+    is_answer = winners.answers["success"] == 1
+    return Finished(
+        winners,
+        shards,
+        scanned.num_invalid,
+        num_superfluous=len(winners.answers) - len(asked),
+        num_unasked_answers=int(is_answer.sum()) - int(is_answer[asked].sum()),
+    )

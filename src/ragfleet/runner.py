@@ -21,11 +21,16 @@ import msgspec
 from ragfleet.accounting import begin_account
 from ragfleet.beats import Beat, read_beats
 from ragfleet.config import RunConfig
-from ragfleet.earlier_files import backup_name, check_output, move_away, remove_old_launches
+from ragfleet.earlier_files import (
+    backup_name,
+    check_output,
+    merged_without_shards,
+    move_away,
+    remove_old_launches,
+)
 from ragfleet.errors import (
     STORAGE_ERRNOS,
     Interrupted,
-    OutputError,
     RunError,
     StorageError,
     UsageError,
@@ -50,6 +55,7 @@ from ragfleet.launchers import torchrun
 from ragfleet.launchers.supervisor import Supervisor
 from ragfleet.launchers.torchrun import TorchrunRank
 from ragfleet.merge import write_results
+from ragfleet.plan import Plan
 from ragfleet.planning import (
     Finished,
     Indexed,
@@ -147,9 +153,12 @@ class _Run:
             try:
                 preparation = prepare(self.config, os.environ, self.rank, gpu_locks=gpu_locks)
                 indexed = self.read_input(preparation)
+                to_do = indexed.requests
                 if not self.config.overwrite:
                     finished = find_finished(indexed, paths.output_file)
                     check_output(preparation, len(finished.winners.answers))
+                    to_do = to_do & ~finished.mask(indexed, self.config.retry_failed)
+                plan, self.prefill = plan_requests(preparation, indexed, to_do)
             except UsageError:
                 lock.discard_new()
                 raise
@@ -158,7 +167,7 @@ class _Run:
             summary = self.already_removed(preparation, indexed)
             if summary is None:
                 run_file = self.begin(preparation, indexed)
-                resumed = self.generate(preparation, indexed, lock, run_file)
+                resumed = self.generate(preparation, indexed, plan, lock, run_file)
                 summary = self.merge(preparation.paths, run_file, indexed, resumed)
         return summary
 
@@ -176,19 +185,10 @@ class _Run:
 
     def already_removed(self, preparation: Preparation, indexed: Indexed) -> RunSummary | None:
         """The stored summary of a merged run whose shards were removed, else None."""
-        merged = preparation.run_file.merged if preparation.run_file else None
-        if not merged or not merged.get("shards_removed"):
+        merged = merged_without_shards(preparation, indexed, self.config.retry_failed)
+        if merged is None:
             return None
         output = preparation.paths.output_file
-        if (
-            merged["digest"] != indexed.digest()
-            or not output.exists()
-            or (self.config.retry_failed and merged["statistics"]["failed"])
-        ):
-            raise OutputError(
-                f"{output} was merged and its shards removed (--remove_shards), so it can't be"
-                " extended. Take another --output_file, or --overwrite."
-            )
         self.say(Event("note", f"Nothing to do: {output} is complete."))
         if self.rank is not None:
             self.release_followers(preparation.paths.launch(self.launch_id))
@@ -218,13 +218,17 @@ class _Run:
         return run_file
 
     def generate(
-        self, preparation: Preparation, indexed: Indexed, lock: RunLock, run_file: RunFile
+        self,
+        preparation: Preparation,
+        indexed: Indexed,
+        plan: Plan,
+        lock: RunLock,
+        run_file: RunFile,
     ) -> int:
         """Run workers until every request has an outcome; return how many had one before."""
         paths, config = preparation.paths, self.config
         finished = find_finished(indexed, paths.output_file)
         done = finished.mask(indexed, config.retry_failed)
-        plan, self.prefill = plan_requests(preparation, indexed, indexed.requests & ~done)
         num_finished, to_do = int(done.sum()), len(plan.order)
         header = header_lines(preparation, indexed, plan, finished, self.prefill)
         self.say(Event("header", "\n".join(header)))
@@ -337,7 +341,7 @@ class _Run:
             keep_better,
             private=self.private,
         )
-        others = finished.num_superfluous  # answers that are nowhere else
+        others = finished.num_unasked_answers  # they are nowhere else
         removes = self.config.remove_shards and not others
         run_file.merged = {
             "statistics": msgspec.to_builtins(statistics, str_keys=True),

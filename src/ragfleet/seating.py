@@ -211,7 +211,14 @@ def _auto_on_cpu(seating: Seating) -> tuple[int, str]:
         weights = weights_bytes(seating.model_dir, _precision_bytes(seating.cpu_precision))
         engine = _engine_memory(seating, seating.model_dir)
     available = available_memory_bytes()
-    workers, why = cpu_workers(usable_cores(), num_threads, available, weights, engine.of_worker)
+    workers, why = cpu_workers(
+        usable_cores(),
+        num_threads,
+        available,
+        weights,
+        engine.of_worker,
+        is_asked=engine.asked_bytes is not None,
+    )
     return workers, f"auto: {why}"
 
 
@@ -254,7 +261,9 @@ def _engine_memory(seating: Seating, model_dir: Path) -> EngineMemory:
         max_new_tokens=config.max_new_tokens,
         max_model_len=config.max_model_len or context_limit(model_dir),
     )
-    packed = 0 if has_output_layer(model_dir) else size.vocab_size * size.hidden_size
+    is_tied = read_json(model_dir / "config.json").get("tie_word_embeddings") is True
+    is_packed_twice = is_tied or not has_output_layer(model_dir)
+    packed = size.vocab_size * size.hidden_size if is_packed_twice else 0
     return EngineMemory(
         packed_bytes=packed * size.dtype_bytes,
         useful_bytes=tokens * size.kv_bytes_per_token(),

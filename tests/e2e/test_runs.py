@@ -255,13 +255,24 @@ def test_remove_shards_and_run_again(tmp_path: Path) -> None:
         assert done.returncode == 0
         assert "all 10 requests finished and merged; the shards were removed" in done.stdout
     assert (tmp_path / "out.jsonl").read_bytes() == before
+    files = ("--contexts_file", "in.jsonl", "--output_file", "out.jsonl")
+    planned = ragfleet(tmp_path, "plan", *files, *ECHO).stdout
+    assert "Finished  10 requests by earlier starts" in planned
+    assert "Refused" not in planned
     # It can't be extended, and says so rather than losing the ten.
     write(tmp_path / "in.jsonl", plain(11))
-    files = ("--contexts_file", "in.jsonl", "--output_file", "out.jsonl")
     done = ragfleet(tmp_path, "infer", *files, *ECHO)
     assert done.returncode == 2
     assert "its shards removed (--remove_shards), so it can't be extended" in done.stderr
     assert (tmp_path / "out.jsonl").read_bytes() == before
+    planned = ragfleet(tmp_path, "plan", *files, *ECHO).stdout
+    assert "Refused   infer would stop: " in planned
+    assert "so it can't be extended" in planned
+    write(tmp_path / "in.jsonl", plain(10))
+    (tmp_path / "out.jsonl").unlink()
+    done = ragfleet(tmp_path, "merge", "--output_file", "out.jsonl")
+    assert done.returncode == 2
+    assert "is gone, and so are the shards of its 10 requests" in done.stderr
 
 
 def test_shards_that_hold_more_than_the_output_are_not_removed(tmp_path: Path) -> None:
@@ -273,6 +284,49 @@ def test_shards_that_hold_more_than_the_output_are_not_removed(tmp_path: Path) -
     assert generated(infer(tmp_path, *ECHO, "--remove_shards")) == (0, 20)
     assert len(rows_of(tmp_path / "out.jsonl")) == 20
     assert shard_lines(tmp_path) == []
+
+
+def test_shards_of_what_only_failed_are_removed(tmp_path: Path) -> None:
+    records = plain(5)
+    records[2]["query"] = "RAISE"
+    write(tmp_path / "in.jsonl", records)
+    (tmp_path / "mine.py").write_text(RAISING)
+    infer(tmp_path, "--inference_class", "mine.py:Mine", *ECHO)
+    records[2]["query"] = "mended"
+    write(tmp_path / "in.jsonl", records)
+    done = infer(tmp_path, "--inference_class", "mine.py:Mine", *ECHO, "--remove_shards")
+    assert generated(done) == (1, 4)
+    assert shard_lines(tmp_path) == []
+
+
+RAISING: str = """
+from ragfleet import QueryBasedInference
+
+
+class Mine(QueryBasedInference):
+    def generate_answer(self, query, context, retrieval_method):
+        if query == "RAISE":
+            raise LookupError("no such page")
+        return query
+"""
+
+
+def test_a_template_that_makes_no_prompt_leaves_everything_as_it_was(
+    tmp_path: Path, small_model: Path
+) -> None:
+    write(tmp_path / "in.jsonl", plain(4))
+    infer(tmp_path, *ECHO)
+    before = (tmp_path / "out.jsonl").read_bytes()
+    (tmp_path / "t.jinja").write_text("{{ nope }}")
+    flags = ("--model_path", str(small_model), "--device", "cpu", "--prompt_template", "t.jinja")
+    for output, more in (("out", "--overwrite"), ("new", "--no_overwrite")):
+        files = ("--contexts_file", "in.jsonl", "--output_file", f"{output}.jsonl")
+        done = ragfleet(tmp_path, "infer", *files, *flags, more)
+        assert done.returncode == 2
+        assert "Not one of the 4 prompts can be made" in done.stderr
+    assert (tmp_path / "out.jsonl").read_bytes() == before
+    assert not list(tmp_path.glob("*.bak*"))
+    assert not list(tmp_path.glob("new*"))
 
 
 def test_failures_of_a_file_that_was_edited_since_are_not_told(tmp_path: Path) -> None:

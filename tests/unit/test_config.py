@@ -451,11 +451,8 @@ def test_equal_records_are_answered_one_by_one_only_when_sampling_or_told() -> N
     assert not config_of(temperature=0).distinct_samples
 
 
-def test_a_home_folder_stands_for_a_tilde(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HOME", "/home/me")
-    for text, path in (
-        ("~/a/t.jinja", "/home/me/a/t.jinja"),
-        ("~t.jinja", "~t.jinja"),
-        ("a/~/t.jinja", "a/~/t.jinja"),
-    ):
-        assert config_of(prompt_template=text).prompt_template == Path(path)
+def test_a_tilde_that_no_shell_has_replaced_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"--prompt_template ~/a/t\.jinja: no shell has put"):
+        config_of(prompt_template="~/a/t.jinja")
+    for text in ("~t.jinja", "a/~/t.jinja"):
+        assert config_of(prompt_template=text).prompt_template == Path(text)

@@ -430,6 +430,9 @@ def test_a_model_that_fits_is_not_refused_for_a_cache(
     workers, _, notes = seat(seating_of(tmp_path, fake_inventory(0), gib_weights=4))
     assert workers == 1
     assert "--kv_cache_bytes limits that" in notes[0]
+    asked = seating_of(tmp_path, fake_inventory(0), gib_weights=4, kv_cache_bytes=8 * GIB)
+    with pytest.raises(DeviceError, match=r"--kv_cache_bytes do not fit .* 19\.5 GiB together"):
+        seat(asked)
 
 
 def test_prompts_are_sized_by_the_first_lines(tmp_path: Path) -> None:

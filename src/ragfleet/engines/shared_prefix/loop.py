@@ -78,6 +78,8 @@ class SharedPrefixLoop:
         self._num_failures = 0
         self._needs_room = False
         """Plain batches have run out of memory beside the cache."""
+        self._has_lacked_memory = False
+        """The cache could not be made again at least once."""
         self._timeout_s = spec.request_timeout_s or math.inf
         self._way_notes = way.begin()
         self.batch_size = limits.num_slots
@@ -151,17 +153,20 @@ class SharedPrefixLoop:
             self._plain.abort(key)
 
     def close(self) -> None:
-        if self._scheduler.prompt_tokens:
+        if self._scheduler.read_tokens:
             log.info(self.summary())
         self._rows.clear()
         self._plain.close()
 
     def summary(self) -> str:
         done = self._scheduler
+        rest = "the rest was shared"
+        if done.read_tokens > done.prompt_tokens:
+            rest = "some of them again or for plain batches"
         return (
-            f"read {done.read_tokens:,} of {done.prompt_tokens:,} prompt tokens, the rest was"
-            f" shared; {self._num_bytes:,} bytes of keys and values, at most"
-            f" {done.peak_pool_tokens:,} of {done.limits.pool_tokens:,} pooled tokens in use"
+            f"read {done.read_tokens:,} of {done.prompt_tokens:,} prompt tokens, {rest};"
+            f" {self._num_bytes:,} bytes of keys and values, at most {done.peak_pool_tokens:,} of"
+            f" {done.limits.pool_tokens:,} pooled tokens in use"
         )
 
     # ---- plain batches
@@ -189,7 +194,7 @@ class SharedPrefixLoop:
     def _make_room(self) -> None:
         """For a prompt that the memory left beside the cache is too small for: what was admitted
         begins anew after it. Once: those that come later are held."""
-        self._needs_room = True
+        self._needs_room |= self._cache is not None
         for key in self._scheduler.take_back():
             prepared = self._rows.pop(key).prepared
             if key in self._aborted:
@@ -210,14 +215,16 @@ class SharedPrefixLoop:
         the next pass tries again."""
         try:
             self._make_cache()
-        except (torch.OutOfMemoryError, MemoryError) as error:
-            reason = f"no room for keys and values: {str(error).splitlines()[0]}"
+        except Exception as error:  # the CPU's allocator raises a plain RuntimeError
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
         else:
             return True
         keys = self._scheduler.take_waiting()
-        log.warning("%d requests are answered in plain batches: %s", len(keys), reason)
-        if self._spec.degrade is not None:
-            self._spec.degrade(f"plain batches at times: {reason}")
+        what = "plain batches at times, for want of memory for keys and values"
+        log.warning("%s: %d requests, %s", what, len(keys), reason)
+        if self._spec.degrade is not None and not self._has_lacked_memory:
+            self._spec.degrade(what)
+        self._has_lacked_memory = True
         self._leave_to_plain(keys)
         return False
 

@@ -35,7 +35,7 @@ PrefixSharing = Literal["auto", "on", "off"]
 
 
 LONGEST_S: Final = 100 * 365.25 * 86_400
-"""A century; what waits takes no more than three of them, and files of a run hold no infinity."""
+"""A century: threads wait for 292 years at most, and the JSON of a run holds no infinity."""
 
 _CHOICES = {
     "inference_type": get_args(InferenceType),

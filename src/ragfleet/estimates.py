@@ -125,7 +125,7 @@ class Prefixes:
         """(tokens, tokens of its prefix, the prefix) of one prompt. Raises RecordPromptError."""
         head, record = _parse(line)
         prompt, adds = self._render(head, record, head.query)
-        if (least := self._far_above(prompt)) is not None:
+        if (least := self._tokenizer.tokens_far_above(self._most, prompt)) is not None:
             return least, 0, ""
         other, _ = self._render(head, record, _OTHER_QUESTION)
         common = _common_prefix(prompt, other)
@@ -140,15 +140,12 @@ class Prefixes:
         head, record = _parse(line)
         prompt, _ = self._render(head, record, head.query)
         if self._prefix and prompt.startswith(self._prefix):
-            if (least := self._far_above(prompt)) is not None:
+            if (least := self._tokenizer.tokens_far_above(self._most, prompt)) is not None:
                 return least, 0
             rest = self._tokenizer.encode(prompt[len(self._prefix) :], False)
             return self._prefix_tokens + len(rest), self._prefix_tokens
         tokens, self._prefix_tokens, self._prefix = self.split(line)
         return tokens, self._prefix_tokens
-
-    def _far_above(self, prompt: str) -> int | None:
-        return None if self._most is None else self._tokenizer.tokens_far_above(self._most, prompt)
 
     def num_tokens_within(self, prompt: str, num_characters: int) -> int:
         """Tokens of a prompt that end within its first characters, special ones included."""

@@ -98,17 +98,15 @@ class PromptTokenizer:
     def offsets(self, text: str) -> list[tuple[int, int]]:
         return self._backend.offsets(text)
 
-    def tokens_far_above(self, most: int, prompt: str) -> int | None:
-        """How many tokens the begin of a prompt has alone, where that is far above `most`.
-
-        None: the whole has to be looked at. A line of 50 MB would take minutes and gigabytes, only
-        to be refused.
-        """
-        num_characters = _FAR * max(most, _LEAST_FAR)
-        if len(prompt) <= num_characters:
+    def tokens_far_above(self, most: int | None, prompt: str) -> int | None:
+        """How many tokens the begin of a prompt has alone, where that is far above `most`; None:
+        ask for the whole. One of 50 MB would take minutes and gigabytes, only to be refused."""
+        if most is None:
             return None
-        count = len(self._backend.encode(prompt[:num_characters], False))
-        return count if count > 2 * max(most, _LEAST_FAR) else None
+        most = max(most, _LEAST_FAR)
+        begin = prompt[: _FAR * most]
+        count = len(self._backend.encode(begin, False)) if len(begin) < len(prompt) else 0
+        return count if count > 2 * most else None
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text without special tokens; an incomplete character at an end comes out as U+FFFD."""
@@ -343,12 +341,11 @@ def prepare_prompt(
 
     budget = None if max_model_len is None else max_model_len - sampling.max_new_tokens
     try:
-        prompt, add_special_tokens = render(request.context)
-        if budget is not None and settings.truncate_context == "error":
-            least = tokenizer.tokens_far_above(budget, prompt)
-            if least is not None:
-                return _too_long(request, least, sampling, max_model_len, " and more")
-        ids = tokenizer.encode(prompt, add_special_tokens)
+        prompt, adds = render(request.context)
+        most = budget if settings.truncate_context == "error" else None
+        if (least := tokenizer.tokens_far_above(most, prompt)) is not None:
+            return _too_long(request, least, sampling, max_model_len, " and more")
+        ids = tokenizer.encode(prompt, adds)
         if not ids:
             raise RecordPromptError("the prompt is empty")
         if budget is None or len(ids) <= budget:
@@ -356,15 +353,13 @@ def prepare_prompt(
         if settings.truncate_context == "error":
             return _too_long(request, len(ids), sampling, max_model_len)
         offsets = tokenizer.offsets(request.context)
-        keep = len(offsets)
-        length = len(ids)
+        keep, length = len(offsets), len(ids)
         while keep > 0:
             # A token less in the context is about one less in the prompt; where tokens merge anew
             # at the cut it is fewer, so the rest is measured and cut again.
             keep = max(0, keep - (length - budget))
-            cut = _cut(request.context, offsets, keep, settings.truncate_context)
-            prompt, add_special_tokens = render(cut)
-            ids = tokenizer.encode(prompt, add_special_tokens)
+            prompt, adds = render(_cut(request.context, offsets, keep, settings.truncate_context))
+            ids = tokenizer.encode(prompt, adds)
             length = len(ids)
             if length <= budget:
                 return Prepared(

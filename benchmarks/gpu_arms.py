@@ -241,14 +241,11 @@ class Host:
 # ---- arms
 
 
-class OnHost:
-    """What arms have in common, those that share contexts and build nothing of their own."""
+class WholeArm:
+    """What arms have in common, those that answer all and build nothing of their own."""
 
     name: str
     part: int | None = None
-
-    def __init__(self, host: Host) -> None:
-        self.host = host
 
     def group(self, share: int) -> int:
         return share
@@ -261,6 +258,13 @@ class OnHost:
 
     def run(self, requests: Sequence[Prepared]) -> tuple[float, Answers]:
         raise NotImplementedError
+
+
+class OnHost(WholeArm):
+    """With the host's model."""
+
+    def __init__(self, host: Host) -> None:
+        self.host = host
 
 
 class Naive(OnHost):

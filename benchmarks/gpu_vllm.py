@@ -18,7 +18,7 @@ from typing import Any, Final
 
 import torch
 
-from gpu_arms import drive
+from gpu_arms import WholeArm, drive
 from gpu_trials import Answers
 from gpu_work import answer_tokens
 from ragfleet.engines.protocol import EngineSpec, Prepared, PromptSettings, SamplingParams
@@ -33,41 +33,19 @@ def save_tokenizer(checkpoint: Path) -> None:
     """One that knows a single word: prompts are ids, and answers are compared by theirs."""
     from tokenizers import Tokenizer, models
 
-    words = models.WordLevel({"<unk>": 0}, unk_token="<unk>")  # no password
+    words = models.WordLevel({"<unk>": 0}, unk_token="<unk>")
     Tokenizer(words).save(str(checkpoint / "tokenizer.json"))
     settings = {"chat_template": "{{ messages[-1]['content'] }}"}
     (checkpoint / "tokenizer_config.json").write_text(json.dumps(settings))
 
 
-class OnVllm:
-    """What both arms have in common."""
-
-    name: str
-    part: int | None = None
-
-    def __init__(self) -> None:
-        self.notes: Sequence[str] = ()
-
-    def group(self, share: int) -> int:
-        return share
-
-    def open(self, requests: Sequence[Prepared]) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
-
-    def run(self, requests: Sequence[Prepared]) -> tuple[float, Answers]:
-        raise NotImplementedError
-
-
-class RawVllm(OnVllm):
+class RawVllm(WholeArm):
     """Its own scheduler and prefix cache, as its documentation shows it; groups together."""
 
     name = "vllm"
+    notes: Sequence[str] = ()
 
     def __init__(self, checkpoint: Path, most_tokens: int, most_new: int) -> None:
-        super().__init__()
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
         from vllm import LLM
 
@@ -124,13 +102,12 @@ class _OwnLengths(VllmEngine):
         return params
 
 
-class OursOnVllm(OnVllm):
+class OursOnVllm(WholeArm):
     """The package's engine, as a worker drives it."""
 
     name = "ours_on_vllm"
 
     def __init__(self, checkpoint: Path, most_tokens: int, most_new: int) -> None:
-        super().__init__()
         save_tokenizer(checkpoint)
         self.engine = _OwnLengths(
             EngineSpec(

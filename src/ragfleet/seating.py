@@ -32,7 +32,8 @@ from ragfleet.layout import (
     layout_of,
     layouts,
 )
-from ragfleet.model_files import context_limit, has_output_layer, read_json, weights_bytes
+from ragfleet.loop_memory import LoopMemory, loop_memory
+from ragfleet.model_files import context_limit, read_json, weights_bytes
 
 _WANTED_REQUESTS: Final = 64
 """In flight at a worker, so that reading the weights is shared by many."""
@@ -206,69 +207,26 @@ def _auto_on_cpu(seating: Seating) -> tuple[int, str]:
         return 1, "auto: 1 worker, which keeps --max_concurrency requests at the API under way."
     asked = seating.environ.get("OMP_NUM_THREADS", "")
     num_threads = int(asked) if asked.isdigit() and int(asked) else 1
-    weights, engine = None, EngineMemory()
+    weights, loop = None, LoopMemory()
     if seating.model_dir is not None and not seating.needs_no_gpu:
         weights = weights_bytes(seating.model_dir, _precision_bytes(seating.cpu_precision))
-        engine = _engine_memory(seating, seating.model_dir)
+        loop = _loop_memory(seating, seating.model_dir)
     available = available_memory_bytes()
     workers, why = cpu_workers(
         usable_cores(),
         num_threads,
         available,
         weights,
-        engine.of_worker,
-        is_asked=engine.asked_bytes is not None,
+        loop.of_worker,
+        is_asked=loop.asked_bytes is not None,
     )
     return workers, f"auto: {why}"
 
 
-@dataclass(frozen=True, kw_only=True)
-class EngineMemory:
-    """Of the CPU's shared-prefix loop, beside the weights. Bytes."""
-
-    packed_bytes: int = 0
-    """The output layer, which is packed once more where it is the embeddings' too."""
-    useful_bytes: int = 0
-    """Most that keys and values are of use for."""
-    asked_bytes: int | None = None
-
-    def of_worker(self, num_threads: int) -> int:
-        """The most that a worker of so many threads takes."""
-        from ragfleet.engines.shared_prefix.budget import default_budget_bytes
-
-        cache_bytes = self.asked_bytes
-        if cache_bytes is None:
-            cache_bytes = default_budget_bytes(
-                self.useful_bytes,
-                whole_memory_bytes() or 0,
-                num_threads=num_threads,
-                num_cores=os.cpu_count() or 1,
-            )
-        return self.packed_bytes + cache_bytes
-
-
-def _engine_memory(seating: Seating, model_dir: Path) -> EngineMemory:
-    from ragfleet.engines.shared_prefix.budget import NUM_SLOTS, useful_tokens
-
-    config = seating.config
+def _loop_memory(seating: Seating, model_dir: Path) -> LoopMemory:
     size = read_model_size(model_dir, _precision_bytes(seating.cpu_precision))
-    # vLLM takes a part of what is free when it starts; a user's class may never load the model.
-    has_loop = config.engine != "vllm" and config.inference_class is None
-    if size is None or not has_loop or config.prefix_sharing == "off":
-        return EngineMemory()
-    tokens = useful_tokens(
-        num_slots=config.batch_size or NUM_SLOTS,
-        max_new_tokens=config.max_new_tokens,
-        max_model_len=config.max_model_len or context_limit(model_dir),
-    )
-    is_tied = read_json(model_dir / "config.json").get("tie_word_embeddings") is True
-    is_packed_twice = is_tied or not has_output_layer(model_dir)
-    packed = size.vocab_size * size.hidden_size if is_packed_twice else 0
-    return EngineMemory(
-        packed_bytes=packed * size.dtype_bytes,
-        useful_bytes=tokens * size.kv_bytes_per_token(),
-        asked_bytes=config.kv_cache_bytes,
-    )
+    memory_bytes, num_cores = whole_memory_bytes() or 0, os.cpu_count() or 1
+    return loop_memory(seating.config, model_dir, size, memory_bytes, num_cores)
 
 
 def _auto_on_gpus(seating: Seating, sizes: list[int] | None) -> tuple[int, int, str]:

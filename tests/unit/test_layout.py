@@ -334,11 +334,22 @@ def test_auto_under_torchrun_is_its_world_size(tmp_path: Path) -> None:
     assert seat(asked)[0] == 4
 
 
+def cpu_machine(
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    cores: int,
+    memory_gib: int,
+    available_gib: int | None = None,
+) -> None:
+    available = (memory_gib if available_gib is None else available_gib) * GIB
+    monkeypatch.setattr(seating, "usable_cores", lambda: cores)
+    monkeypatch.setattr(seating.os, "cpu_count", lambda: cores)
+    monkeypatch.setattr(seating, "available_memory_bytes", lambda: available)
+    monkeypatch.setattr(seating, "whole_memory_bytes", lambda: memory_gib * GIB)
+
+
 def test_auto_on_the_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(seating, "usable_cores", lambda: 8)
-    monkeypatch.setattr(seating.os, "cpu_count", lambda: 8)
-    monkeypatch.setattr(seating, "available_memory_bytes", lambda: 100 * GIB)
-    monkeypatch.setattr(seating, "whole_memory_bytes", lambda: 100 * GIB)
+    cpu_machine(monkeypatch, cores=8, memory_gib=100)
     none = fake_inventory(0)
     assert seat(seating_of(tmp_path, none, gib_weights=0.1))[0] == 8
     workers, allocation, notes = seat(seating_of(tmp_path, none, gib_weights=10))
@@ -371,8 +382,7 @@ def test_what_the_loop_takes_of_the_cpus_memory(
     tensors: list[str],
     each: int,
 ) -> None:
-    monkeypatch.setattr(seating.os, "cpu_count", lambda: 4)
-    monkeypatch.setattr(seating, "whole_memory_bytes", lambda: 400 * GIB)
+    cpu_machine(monkeypatch, cores=4, memory_gib=400)
     asked = seating_of(tmp_path, fake_inventory(0), **settings)
     qwen = {
         "num_hidden_layers": 28,
@@ -382,9 +392,9 @@ def test_what_the_loop_takes_of_the_cpus_memory(
         "vocab_size": 151_936,
     }
     folder = model_folder(tmp_path / "model", dict.fromkeys(tensors, ("BF16", 2)), **qwen)
-    memory = seating._engine_memory(asked, folder)
-    assert memory.of_worker(1) == each
-    monkeypatch.setattr(seating, "whole_memory_bytes", lambda: 16 * GIB)
+    assert seating._loop_memory(asked, folder).of_worker(1) == each
+    cpu_machine(monkeypatch, cores=4, memory_gib=16)
+    memory = seating._loop_memory(asked, folder)
     if memory.useful_bytes and memory.asked_bytes is None:
         assert memory.of_worker(1) == int(0.3 * 16 * GIB / 4) + memory.packed_bytes
         assert memory.of_worker(2) == int(0.3 * 16 * GIB / 2) + memory.packed_bytes
@@ -402,14 +412,11 @@ def test_auto_on_the_cpu_leaves_room_for_what_its_workers_take(
     available: int,
     gib_weights: int,
 ) -> None:
-    monkeypatch.setattr(seating, "usable_cores", lambda: cores)
-    monkeypatch.setattr(seating.os, "cpu_count", lambda: cores)
-    monkeypatch.setattr(seating, "available_memory_bytes", lambda: available * GIB)
-    monkeypatch.setattr(seating, "whole_memory_bytes", lambda: memory * GIB)
+    cpu_machine(monkeypatch, cores=cores, memory_gib=memory, available_gib=available)
     asked = seating_of(tmp_path, fake_inventory(0), gib_weights=gib_weights)
     workers, allocation, _ = seat(asked)
     assert asked.model_dir is not None
-    taken = seating._engine_memory(asked, asked.model_dir)
+    taken = seating._loop_memory(asked, asked.model_dir)
     each = [
         2.2 * gib_weights * GIB + 0.75 * GIB + taken.of_worker(worker.num_threads)
         for worker in allocation.workers
@@ -423,10 +430,7 @@ def test_auto_on_the_cpu_leaves_room_for_what_its_workers_take(
 def test_a_model_that_fits_is_not_refused_for_a_cache(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(seating, "usable_cores", lambda: 1)
-    monkeypatch.setattr(seating.os, "cpu_count", lambda: 1)
-    monkeypatch.setattr(seating, "available_memory_bytes", lambda: 12 * GIB)
-    monkeypatch.setattr(seating, "whole_memory_bytes", lambda: 16 * GIB)
+    cpu_machine(monkeypatch, cores=1, memory_gib=16, available_gib=12)
     workers, _, notes = seat(seating_of(tmp_path, fake_inventory(0), gib_weights=4))
     assert workers == 1
     assert "--kv_cache_bytes limits that" in notes[0]
@@ -445,10 +449,7 @@ def test_prompts_are_sized_by_the_first_lines(tmp_path: Path) -> None:
 def test_a_single_worker_on_many_cores_hears_of_auto(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(seating, "usable_cores", lambda: 8)
-    monkeypatch.setattr(seating.os, "cpu_count", lambda: 8)
-    monkeypatch.setattr(seating, "available_memory_bytes", lambda: 64 * GIB)
-    monkeypatch.setattr(seating, "whole_memory_bytes", lambda: 64 * GIB)
+    cpu_machine(monkeypatch, cores=8, memory_gib=64)
     none = fake_inventory(0)
     _, _, notes = seat(seating_of(tmp_path, none, gib_weights=0.1, num_workers=None))
     assert [note for note in notes if "--num_workers auto would start 8" in note]

@@ -5,6 +5,7 @@ That it answers token for token as plain `generate` does is in test_shared_prefi
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -291,19 +292,32 @@ class FakeCuda:
     """What of torch.cuda captures use, with the rule of its allocator for pools."""
 
     def __init__(self) -> None:
-        self.current: Any = SimpleNamespace(wait_stream=lambda other: None)
+        self.waited: list[Any] = []
+        """(stream, for which other one) each time."""
+        self.current: Any = self.Stream()
         self.users: dict[int, int] = {}
         """Graphs of each pool; it is not known before its first one."""
         self.pools = 0
+        self.underway: list[int] = []
+        """Pools that what is allocated comes from."""
 
     def use(self, monkeypatch: pytest.MonkeyPatch) -> None:
         names = {"Stream": self.Stream, "current_stream": lambda: self.current}
         names |= {"stream": self.stream, "graph": self.graph, "CUDAGraph": partial(FakeGraph, self)}
         for name, one in (names | {"graph_pool_handle": self.graph_pool_handle}).items():
             monkeypatch.setattr(torch.cuda, name, one)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+        monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", self.end_allocation)
+
+    def end_allocation(self, device: int, pool: int) -> None:
+        if pool not in self.underway:
+            raise RuntimeError("not currently recording to mempool_id")
+        self.underway.remove(pool)
 
     def Stream(self) -> Any:
-        return SimpleNamespace(wait_stream=lambda other: None)
+        stream = SimpleNamespace()
+        stream.wait_stream = lambda other: self.waited.append((stream, other))
+        return stream
 
     def graph_pool_handle(self) -> int:
         self.pools += 1
@@ -321,13 +335,22 @@ class FakeCuda:
     def graph(
         self, graph: Any, *, pool: int, stream: Any = None, capture_error_mode: str
     ) -> Iterator[None]:
-        """Where it fails, what was current is not so again."""
+        """Where it fails, what was current is not so again. Where it became invalid, as it does not
+        where memory runs out, the allocator is not told that it is over."""
         self.current = stream or self.Stream()
         if self.users.get(pool) == 0:
             raise RuntimeError("use_count > 0 INTERNAL ASSERT FAILED")
         self.users[pool] = self.users.get(pool, 0) + 1
         graph.pool = pool
-        yield
+        self.underway.append(pool)
+        try:
+            yield
+        except torch.OutOfMemoryError:
+            self.end_allocation(0, pool)
+            raise
+        except RuntimeError as error:
+            raise RuntimeError("operation failed due to a previous error during capture") from error
+        self.end_allocation(0, pool)
 
 
 class FakeGraph:
@@ -369,6 +392,75 @@ def test_a_capture_that_fails_leaves_the_stream(monkeypatch: pytest.MonkeyPatch)
     graphs.capture(lambda: None)
     assert "INTERNAL ASSERT" in str(graphs.why_not)
     assert cuda.current is before
+
+
+def failing_at(calls: Sequence[int], error: Exception) -> Step:
+    """The first capture calls it twice."""
+    count = 0
+
+    def step() -> None:
+        nonlocal count
+        count += 1
+        if count in calls:
+            raise error
+
+    return step
+
+
+@pytest.mark.parametrize("call", [1, 2])
+def test_a_capture_out_of_memory_is_that_steps_alone(
+    monkeypatch: pytest.MonkeyPatch, call: int
+) -> None:
+    cuda = FakeCuda()
+    cuda.use(monkeypatch)
+    told: list[str] = []
+    graphs = Graphs()
+    graphs.degrade = told.append
+    for _ in range(2):
+        step = failing_at([call], torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"))
+        assert graphs.capture(step) is step
+        assert cuda.waited[-1] == (cuda.current, graphs._stream), "it may write later than the next"
+    assert told == ["decoding goes without CUDA graphs at times, for want of memory"]
+    assert graphs.why_not is None
+    assert graphs.capture(lambda: None).__name__ == "replay"
+    assert cuda.underway == []
+
+
+def test_captures_that_run_out_of_memory_on_trial_end_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Later ones would be used without having been checked."""
+    FakeCuda().use(monkeypatch)
+    graphs = Graphs()
+    graphs.capture(failing_at([2], torch.OutOfMemoryError("CUDA out of memory.")))
+    assert "out of memory" in str(graphs.why_not)
+
+
+def test_a_capture_that_becomes_invalid_is_over_and_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = FakeCuda()
+    cuda.use(monkeypatch)
+    told: list[str] = []
+    graphs = Graphs()
+    graphs.degrade = told.append
+    step = failing_at([2], RuntimeError("operation not permitted when stream is capturing"))
+    assert graphs.capture(step) is step
+    assert cuda.underway == [], "the allocator would give no memory back"
+    assert "previous error during capture" in str(graphs.why_not)
+    assert told == [f"decoding goes without CUDA graphs: {graphs.why_not}"]
+
+
+def test_what_is_told_of_captures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the start by `begin`, later by `EngineSpec.degrade`."""
+    FakeCuda().use(monkeypatch)
+    shape = Shape(2, 2, 16, torch.bfloat16, torch.device("cuda"))
+    monkeypatch.setattr(ways, "why_not_flash", lambda *_: None)
+    monkeypatch.setattr(ways, "_with_triton", lambda shape: (Kernels(plain_varlen), None, None))
+    told: list[str] = []
+    way = ways.way_of(shape)
+    assert way.begin(dataclasses.replace(spec("on"), degrade=told.append)) == []
+    assert way.make_decoder is not None
+    capture = way.make_decoder.args[1]  # type: ignore[attr-defined]
+    capture(failing_at([2], RuntimeError("not permitted")))
+    assert len(told) == 1
+    assert told[0] in way.begin(spec("on"))
 
 
 # ---- when it is not right
@@ -491,7 +583,7 @@ def test_devices_without_a_way() -> None:
     with pytest.raises(ways.Unsupported, match="no way for meta devices"):
         ways.way_of(Shape(2, 2, 16, torch.float32, torch.device("meta")))
     exact = ways.way_of(Shape(2, 2, 16, torch.float32, torch.device("cuda")))
-    assert "exact and slow" in exact.begin()[0]
+    assert "exact and slow" in exact.begin(spec("on"))[0]
 
 
 def test_layers_on_several_gpus_are_refused() -> None:

@@ -81,7 +81,7 @@ class SharedPrefixLoop:
         self._has_lacked_memory = False
         """The cache could not be made again at least once."""
         self._timeout_s = spec.request_timeout_s or math.inf
-        self._way_notes = way.begin()
+        self._way_notes = way.begin(spec)
         self.batch_size = limits.num_slots
         plain.make_room = self._make_room
 

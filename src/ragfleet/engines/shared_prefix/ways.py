@@ -93,8 +93,9 @@ class Way:
     """For passes of rows alone; None: they are passes as all others."""
     default_budget: Callable[[Shape, EngineSpec, Mapping[str, Any]], int]
     """Bytes for keys and values, where nobody says how many."""
-    begin: Callable[[], list[str]]
-    """Settings of the process for this way; lines for the log of what could not be set."""
+    begin: Callable[[EngineSpec], list[str]]
+    """Settings of the process for this way; lines for the log of what could not be set. What fails
+    later is told to `EngineSpec.degrade`."""
     packs_weights: bool
     fused: Fused | None = None
     """See `Forward`."""
@@ -119,7 +120,7 @@ def way_of(shape: Shape) -> Way:
 def varlen_way(
     kernels: Kernels,
     capture: Capture,
-    begin: Callable[[], list[str]] = lambda: [],
+    begin: Callable[[EngineSpec], list[str]] = lambda spec: [],
     fused: Fused | None = None,
 ) -> Way:
     """Many ranges in one call of a kernel. On any device: tests have it on the CPU."""
@@ -142,14 +143,15 @@ def varlen_way(
 def _cuda(shape: Shape) -> Way:
     if shape.dtype == torch.float32:
         slow = "fp32 has no fused attention here: it goes range by range, exact and slow"
-        return varlen_way(Kernels(plain_varlen), eagerly, lambda: [slow])
+        return varlen_way(Kernels(plain_varlen), eagerly, lambda spec: [slow])
     reason = why_not_flash(shape.dtype, shape.head_dim, shape.device)
     if reason is not None:
         raise Unsupported(f"the fused attention is missing, or not as it is used here: {reason}")
     graphs = Graphs()
     kernels, fused, why_not_triton = _with_triton(shape)
 
-    def begin() -> list[str]:
+    def begin(spec: EngineSpec) -> list[str]:
+        graphs.degrade = spec.degrade or (lambda text: None)
         why_not = {"Triton": why_not_triton, "CUDA graphs": graphs.why_not}
         return [f"decoding goes without {what}: {why}" for what, why in why_not.items() if why]
 
@@ -183,7 +185,7 @@ def _part_of_memory(shape: Shape, spec: EngineSpec, sizes: Mapping[str, Any]) ->
     return default_budget_bytes(shape, **sizes, num_threads=spec.num_threads)
 
 
-def _keep_memory() -> list[str]:
+def _keep_memory(spec: EngineSpec) -> list[str]:
     reason = keep_freed_memory()
     return [] if reason is None else [f"memory is mapped anew in every pass: {reason}"]
 

@@ -25,6 +25,7 @@ from models import Reference, make_model
 from ragfleet.engines import decoding
 from ragfleet.engines.protocol import Completion
 from ragfleet.engines.shared_prefix import varlen_pass
+from ragfleet.engines.shared_prefix.forward import Forward
 from ragfleet.engines.shared_prefix.varlen import (
     Levels,
     Ranges,
@@ -33,6 +34,7 @@ from ragfleet.engines.shared_prefix.varlen import (
     merge_levels,
     why_not_flash,
 )
+from ragfleet.errors import EngineDead
 
 NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
 Gpu = Callable[[], AbstractContextManager[PretendedGpu | None]]
@@ -184,6 +186,25 @@ def test_plain_batches_answer_as_on_the_cpu(gpu: Gpu, start: Make, temperature: 
     if pretended is not None:
         waits = pretended.waits["engines/decoding.py:__call__: tolist"]
         assert waits == len(requests) // 4 * 9, "one transfer for each step of a batch"
+
+
+def test_a_gpu_that_fails_within_a_pass_ends_the_worker(
+    monkeypatch: pytest.MonkeyPatch, start: Make, narrow: Path
+) -> None:
+    """It gives no memory back either."""
+
+    def broken(*args: Any, **others: Any) -> Any:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    with pretended_gpu(monkeypatch):
+        engine = start(model_dir=narrow, num_gpus=1, precision="bf16")
+        loop_of(engine)
+        monkeypatch.setattr(Forward, "__call__", broken)
+        monkeypatch.setattr(type(engine._model), "generate", broken)  # type: ignore[attr-defined]
+        with monkeypatch.context() as patched:
+            patched.setattr(torch.cuda, "empty_cache", broken)
+            with pytest.raises(EngineDead, match="illegal memory access"):
+                drive(engine, [ask(1)])
 
 
 # ---- the pretended one bites

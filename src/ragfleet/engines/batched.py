@@ -15,7 +15,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -160,9 +160,7 @@ class BatchedLoop:
         self, batch: Sequence[Prepared], message: str, was_alone: bool
     ) -> list[Outcome]:
         """The next rung of the ladder for a batch that ran out of memory."""
-        gc.collect()
-        if self._spec.num_gpus:
-            torch.cuda.empty_cache()
+        give_memory_back(on_gpu=self._spec.num_gpus > 0)
         width, tokens = self._width(batch), self._tokens(batch)
         rung = self._ladder.failed(len(batch), tokens, was_alone=was_alone)
         if rung == "oom":
@@ -248,6 +246,15 @@ class BatchedLoop:
         finally:
             for hook in hooks:
                 hook.remove()
+
+
+def give_memory_back(*, on_gpu: bool) -> None:
+    """That of what nobody uses any more, also where such objects hold each other."""
+    gc.collect()
+    if on_gpu:
+        # A GPU that has failed refuses this as well; whose batch comes next says so.
+        with suppress(RuntimeError):
+            torch.cuda.empty_cache()
 
 
 def _nothing() -> None:

@@ -6,7 +6,6 @@ requests in it go to the plain loop, which tries them one by one; see `SharedPre
 
 from __future__ import annotations
 
-import gc
 import logging
 import math
 import time
@@ -15,7 +14,7 @@ from typing import Any, Final
 
 import torch
 
-from ragfleet.engines.batched import BatchedLoop
+from ragfleet.engines.batched import BatchedLoop, give_memory_back
 from ragfleet.engines.decoding import Row, RowEnder, TokenChooser, not_finite, outcome_of
 from ragfleet.engines.protocol import EngineSpec, Failure, Outcome, Prepared, RequestKey
 from ragfleet.engines.shared_prefix.cache import Shape, limits_within
@@ -233,9 +232,8 @@ class SharedPrefixLoop:
         if self._cache is None:
             return
         self._cache = self._decoder = None
-        gc.collect()  # a decoder and its steps hold each other
-        if self._shape.device.type == "cuda":
-            torch.cuda.empty_cache()
+        # A decoder and its steps hold each other.
+        give_memory_back(on_gpu=self._shape.device.type == "cuda")
 
     # ---- a pass
 

@@ -653,6 +653,33 @@ def test_a_broken_row_leaves_nothing_in_its_slot(
     assert list(found.token_ids) == [t for t in wanted["groups of one"][1] if t != 3]
 
 
+@pytest.mark.usefixtures("by_any_way")
+def test_a_broken_row_spoils_nobody_who_copies_from_it(start: Make, reference: Reference) -> None:
+    """Kernels count what comes later as 0 × NaN, so that what it has before its broken token is
+    broken too."""
+    engine = start(batch_size=4, max_new_tokens=NEW)
+    weights = engine._model.model.embed_tokens.weight  # type: ignore[attr-defined]
+    weights[1990] = float("nan")
+    rng = random.Random(6)
+    head = ids(rng, 30)
+    prompts = [[*head, 1990, 8], [*head, 9], [*head, 1990, 9], ids(rng, 40)]
+    for number, prompt in enumerate(prompts):
+        submit(engine, number, prompt)
+    outcomes = {outcome.key: outcome for _ in range(30) for outcome in engine.step(1.0)}
+    assert len(outcomes) == len(prompts)
+    for number, prompt in enumerate(prompts):
+        found = outcomes[ask(number).key]
+        if 1990 in prompt:
+            assert isinstance(found, Failure)
+            assert "not finite" in found.error
+        else:
+            tokens = reference.generate(prompt, NEW, [3])
+            assert 1990 not in tokens
+            assert isinstance(found, Completion)
+            assert list(found.token_ids) == [token for token in tokens if token != 3]
+    assert loop_of(engine)._scheduler.num_admitted == 0
+
+
 # ---- parts
 
 

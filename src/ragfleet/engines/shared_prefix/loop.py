@@ -214,10 +214,9 @@ class SharedPrefixLoop:
         the next pass tries again."""
         try:
             self._make_cache()
+            return True
         except Exception as error:  # the CPU's allocator raises a plain RuntimeError
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        else:
-            return True
         keys = self._scheduler.take_waiting()
         what = "plain batches at times, for want of memory for keys and values"
         log.warning("%s: %d requests, %s", what, len(keys), reason)
@@ -313,15 +312,18 @@ class SharedPrefixLoop:
 
     def _finish(self, row: Row, slot: int, outcomes: list[Outcome]) -> None:
         key = row.prepared.key
+        is_doubtful = row.broken and row.num_tokens == 1 and self._scheduler.has_copied(slot)
         self._scheduler.release(slot)
         if row.broken and self._cache is not None:
             self._cache.taint(slot)
+        if is_doubtful:  # what it copied may have been spoilt by what follows it there
+            self._leave_to_plain([key])
+            return
         del self._rows[key]
         self._aborted.discard(key)
         if not row.aborted:
-            outcomes.append(
-                outcome_of(row, self._tokenizer, self._stops, self._spec.request_timeout_s)
-            )
+            timeout_s = self._spec.request_timeout_s
+            outcomes.append(outcome_of(row, self._tokenizer, self._stops, timeout_s))
 
     def _fall_back(self, message: str) -> None:
         """The plain loop answers the requests of a failed pass: it finds out whose fault it is."""

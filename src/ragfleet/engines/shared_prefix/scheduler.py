@@ -128,6 +128,7 @@ class _Entry:
     """Next free place in its slot."""
     cached_tokens: int = 0
     """Of its prompt: in nodes that were there, or planned, when it was admitted, or copied."""
+    has_copied: bool = False
 
 
 _order: Final = attrgetter("order")
@@ -181,6 +182,9 @@ class Scheduler:
     def cached_tokens(self, slot: int) -> int:
         """Of the prompt in `slot`: what it did not have to read because another one had."""
         return self._running[slot].cached_tokens
+
+    def has_copied(self, slot: int) -> bool:
+        return self._running[slot].has_copied
 
     def next_pass(self) -> Pass:
         """One step of all that runs, and the next prompt tokens. Without tokens: nothing to do.
@@ -248,6 +252,7 @@ class Scheduler:
                 self._reading.popleft()
                 first.column = run.copied_tokens + len(run.token_ids)
                 first.cached_tokens += run.copied_tokens
+                first.has_copied = run.copied_tokens > 0
                 self._running[first.slot] = first
                 insort(self._decoding, first, key=_order)
             else:

@@ -6,6 +6,7 @@ only that one has is in test_cuda_way.py.
 
 from __future__ import annotations
 
+import dataclasses
 import random
 import weakref
 from collections.abc import Sequence
@@ -25,7 +26,7 @@ from ragfleet.engines.shared_prefix import attention, packing, passes, ways
 from ragfleet.engines.shared_prefix.cache import Shape, limits_within
 from ragfleet.engines.shared_prefix.forward import Forward
 from ragfleet.engines.shared_prefix.loop import SharedPrefixLoop
-from ragfleet.engines.shared_prefix.scheduler import Scheduler
+from ragfleet.engines.shared_prefix.scheduler import Limits, Scheduler
 from ragfleet.engines.transformers import TransformersEngine
 from ragfleet.errors import ModelError
 from ragfleet.tokens import load_tokenizer
@@ -232,6 +233,22 @@ def test_a_prompt_beyond_the_default_budget_is_answered_plainly(
     for prompt, found in zip(prompts, answer(engine, prompts), strict=True):
         tokens = reference.generate(prompt, NEW, [3])
         assert list(found.token_ids) == [token for token in tokens if token != 3]
+
+
+def test_a_budget_beyond_the_memory_takes_plain_batches(
+    start: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(shape: Shape, limits: Limits) -> Any:
+        if limits.num_slots == 8:  # those of the loop, not of its self-check
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory\nat alloc_cpu")
+        return ways.KeyValueCache(shape, limits)
+
+    monkeypatch.setattr(ways, "CPU", dataclasses.replace(ways.CPU, make_cache=refused))
+    engine = start(batch_size=8, kv_cache_bytes=BYTES_PER_TOKEN * 9000)
+    assert str(engine.start().degraded).endswith(
+        "there is no room for keys and values: DefaultCPUAllocator: can't allocate memory"
+    )
+    assert isinstance(drive(engine, [ask(1)])[ask(1).key], Completion)
 
 
 @pytest.mark.parametrize("budget", [3e5, 1e6, 5e7, 4e9])

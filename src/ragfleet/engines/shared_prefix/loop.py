@@ -394,7 +394,7 @@ def make_loop(
         return SharedPrefixLoop(
             spec, way, forward, shape, limits, tokenizer, stops, max_model_len, plain, on_tokens
         )
-    except (torch.OutOfMemoryError, MemoryError) as error:
+    except (RuntimeError, MemoryError) as error:  # the CPU's allocator has no error of its own
         forward.undo()
         reason = str(error).splitlines()[0]
         raise Unsupported(f"there is no room for keys and values: {reason}") from error

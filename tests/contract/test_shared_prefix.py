@@ -246,7 +246,7 @@ def test_a_budget_beyond_the_memory_takes_plain_batches(
     monkeypatch.setattr(ways, "CPU", dataclasses.replace(ways.CPU, make_cache=refused))
     engine = start(batch_size=8, kv_cache_bytes=BYTES_PER_TOKEN * 9000)
     assert str(engine.start().degraded).endswith(
-        "there is no room for keys and values: DefaultCPUAllocator: can't allocate memory"
+        "no room for keys and values: RuntimeError: DefaultCPUAllocator: can't allocate memory"
     )
     assert isinstance(drive(engine, [ask(1)])[ask(1).key], Completion)
 

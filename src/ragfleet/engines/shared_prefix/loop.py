@@ -396,5 +396,5 @@ def make_loop(
         )
     except (RuntimeError, MemoryError) as error:  # the CPU's allocator has no error of its own
         forward.undo()
-        reason = str(error).splitlines()[0]
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise Unsupported(f"there is no room for keys and values: {reason}") from error

@@ -60,6 +60,8 @@ class Allocation:
     """0: CPU."""
     notes: tuple[str, ...] = ()
     """One-liners for the header: what is left out, unused, shared, and why."""
+    is_worked_out: bool = False
+    """The model is to be split over all of a worker's GPUs: that is why it has so many."""
 
     @property
     def gpus(self) -> tuple[Gpu, ...]:

@@ -24,6 +24,9 @@ Split = Literal["heads", "layers"]
 
 USABLE_FRACTION: Final = 0.9
 """Of a GPU's free memory; engines leave the rest alone too."""
+WEIGHTS_SHARE: Final = 0.75
+"""Most of that which weights may take: with a small KV cache few requests run together. An engine
+that splits heads and is not told how takes the fewest GPUs by this."""
 CONTEXT_BYTES: Final = 1 << 30
 """CUDA context, kernels, captured graphs."""
 PREFILL_TOKENS: Final = 8192
@@ -158,13 +161,16 @@ def layouts(
     Where layers take turns, more GPUs for a worker are room and not speed, and what is spread
     shares no prefixes, which no speed here knows: the fewest that hold more than a few requests
     come first.
-    `sizes`: the numbers of GPUs that one worker may have (None: any).
+    `sizes`: the numbers of GPUs that one worker may have (None: any). Where heads are split, the
+    engine takes of such a number what it needs, and each layout has only these.
     """
-    found = [
-        layout_of(gpu_bytes, model, demand, len(gpu_bytes) // num_gpus, num_gpus, split)
-        for num_gpus in sizes or range(1, len(gpu_bytes) + 1)
-        if split == "layers" or divides(model, num_gpus)
-    ]
+    found = []
+    for num_gpus in sizes or range(1, len(gpu_bytes) + 1):
+        is_asked = sizes is not None and split == "heads"
+        taken = engine_gpus(gpu_bytes, model, num_gpus) if is_asked else num_gpus
+        if split == "layers" or divides(model, taken):
+            num_workers = len(gpu_bytes) // num_gpus
+            found.append(layout_of(gpu_bytes, model, demand, num_workers, taken, split))
     if split == "layers":
         enough = min(demand.num_requests, FEW_REQUESTS)
 
@@ -182,6 +188,13 @@ def divides(model: ModelSize, num_gpus: int) -> bool:
     """Whether a model's heads and MLP split so many ways."""
     shape = (model.num_attention_heads, model.num_key_value_heads, model.intermediate_size)
     return tensor_parallel_size(num_gpus, *shape) == num_gpus
+
+
+def engine_gpus(gpu_bytes: Sequence[int], model: ModelSize, num_gpus: int) -> int:
+    """Of a worker's GPUs, those that an engine takes which splits heads and is not told how."""
+    sizes = [size for size in range(1, num_gpus + 1) if divides(model, size)]
+    room = WEIGHTS_SHARE * USABLE_FRACTION * min(gpu_bytes)
+    return next((size for size in sizes if model.weights_bytes <= size * room), sizes[-1])
 
 
 def choose_layout(

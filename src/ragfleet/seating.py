@@ -27,7 +27,7 @@ from ragfleet.layout import (
     check_memory,
     choose_layout,
     cpu_workers,
-    divides,
+    engine_gpus,
     faster_layout,
     layout_of,
     layouts,
@@ -136,6 +136,8 @@ def seat(seating: Seating) -> tuple[int, Allocation, list[str]]:
         # What is chosen by the sums above takes GPUs that are free as a whole.
         weights_bytes=None if is_auto else _weights(seating, seating.gpu_precision),
     )
+    if is_auto and sizes is None:
+        allocation = replace(allocation, is_worked_out=True)
     if not is_auto:
         notes += _more_on_cpu(seating) if seating.on_cpu else _faster(seating, allocation)
     return num_workers, allocation, notes
@@ -246,7 +248,8 @@ def _auto_on_gpus(seating: Seating, sizes: list[int] | None) -> tuple[int, int, 
         return workers, num_gpus, f"auto: {workers}×{num_gpus}: {unknown} is not known."
     free = [gpu.free_bytes for gpu in gpus]
     layout = choose_layout(free, model, _demand(seating), seating.split, sizes)
-    return layout.num_workers, layout.num_gpus, f"auto: {layout.name}: {layout.arithmetic()}."
+    num_gpus = sizes[0] if sizes else layout.num_gpus
+    return layout.num_workers, num_gpus, f"auto: {layout.name}: {layout.arithmetic()}."
 
 
 def _more_on_cpu(seating: Seating) -> list[str]:
@@ -281,16 +284,14 @@ def _faster(seating: Seating, allocation: Allocation) -> list[str]:
         return []
     if any(gpu.is_mig for gpu in usable):
         return []
-    demand, num_gpus = _demand(seating), allocation.gpus_per_worker
-    candidates = [num_gpus]
-    if seating.splits_heads:  # the engine takes as few of them as will do
-        candidates = [size for size in range(1, num_gpus + 1) if divides(model, size)]
-    for size in candidates:
-        free = [gpu.free_bytes for gpu in given]
-        current = layout_of(free, model, demand, len(allocation.workers), size, seating.split)
-        if current.num_requests:
-            break
-    found = layouts([gpu.free_bytes for gpu in usable], model, demand, seating.split)
+    demand, taken = _demand(seating), allocation.gpus_per_worker
+    free = [gpu.free_bytes for gpu in given]
+    all_free = [gpu.free_bytes for gpu in usable]
+    found = layouts(all_free, model, demand, seating.split)
+    if seating.splits_heads:  # the engine takes as few of them as will do, of other numbers too
+        taken = engine_gpus(free, model, taken)
+        found = [one for one in found if engine_gpus(all_free, model, one.num_gpus) == one.num_gpus]
+    current = layout_of(free, model, demand, len(allocation.workers), taken, seating.split)
     flag = "--num_workers" if seating.torchrun is None else "torchrun --nproc_per_node"
     line = faster_layout(current, found, flag)
     return [] if line is None else [line]

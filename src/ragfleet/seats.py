@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from typing import Any
 
 from ragfleet.allocation import worker_environment
 from ragfleet.beats import beat_timeout_s
@@ -37,7 +38,7 @@ def launch_of(
         prompts={field.name: getattr(prompts, field.name) for field in dataclasses.fields(prompts)},
         precision=preparation.precision,
         batch_size=config.batch_size,
-        engine_options=config.engine_options,
+        engine_options=_engine_options(preparation),
         prefix_sharing=config.prefix_sharing,
         kv_cache_bytes=config.kv_cache_bytes,
         max_model_len=config.max_model_len,
@@ -65,6 +66,17 @@ def launch_of(
             for worker in preparation.allocation.workers
         ],
     )
+
+
+def _engine_options(preparation: Preparation) -> dict[str, Any]:
+    """Those that are asked for. Left to itself vLLM takes the fewest GPUs that hold the weights, so
+    it is told where auto wants more of them, for the cache."""
+    options, allocation = preparation.config.engine_options, preparation.allocation
+    is_told = {"tensor_parallel_size", "pipeline_parallel_size"} & options.keys()
+    is_spread = allocation.is_worked_out and allocation.gpus_per_worker > 1
+    if preparation.engine != "vllm" or is_told or not is_spread:
+        return options
+    return {"tensor_parallel_size": allocation.gpus_per_worker, **options}
 
 
 def seat_of(launch: Launch, rank: int) -> Seat:

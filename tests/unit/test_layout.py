@@ -5,13 +5,15 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ragfleet import seating
+from ragfleet import seating, seats
+from ragfleet.allocation import Allocation
 from ragfleet.config import RunConfig
 from ragfleet.errors import DeviceError, ModelError
 from ragfleet.inventory import GIB, GpuInventory, fake_inventory
@@ -26,6 +28,7 @@ from ragfleet.layout import (
     layout_of,
     layouts,
 )
+from ragfleet.preparation import Preparation
 from ragfleet.seating import Seating, read_model_size, seat, typical_prompt_tokens
 
 
@@ -307,6 +310,39 @@ def test_auto_splits_a_model_that_one_gpu_does_not_hold(tmp_path: Path) -> None:
     assert notes[0].startswith("auto: 4×2: weights 8.0 GiB")
 
 
+def told(asked: Seating, allocation: Allocation, engine: str = "vllm") -> dict[str, Any]:
+    prepared = SimpleNamespace(config=asked.config, allocation=allocation, engine=engine)
+    return seats._engine_options(cast(Preparation, prepared))
+
+
+def test_vllm_is_told_of_the_split_that_auto_has_chosen(tmp_path: Path) -> None:
+    """One GPU holds the weights of 15 GiB, so left to itself vLLM leaves the other untouched."""
+    machine = fake_inventory(2, 24)
+    asked = seating_of(tmp_path, machine, gib_weights=15)
+    workers, allocation, notes = seat(asked)
+    assert (workers, allocation.gpus_per_worker) == (1, 2)
+    assert notes[0].startswith("auto: 1×2: weights 7.5 GiB")
+    assert told(asked, allocation) == {"tensor_parallel_size": 2}
+    assert told(asked, allocation, "transformers") == {}
+    given = seating_of(tmp_path, machine, 15, engine_options={"pipeline_parallel_size": 2})
+    assert told(given, allocation) == {"pipeline_parallel_size": 2}
+    for settings in ({"num_workers": 1}, {"gpus_per_worker": 2}):
+        other = seating_of(tmp_path, machine, gib_weights=15, **settings)
+        _, allocation, notes = seat(other)
+        assert allocation.gpus_per_worker == 2
+        assert told(other, allocation) == {}
+        assert "1×1" in notes[0], "the sum is of what vLLM takes then"
+    alone = seating_of(tmp_path, fake_inventory(2, 80), gib_weights=15)
+    assert told(alone, seat(alone)[1]) == {}
+
+
+def test_gpus_that_heads_do_not_split_over_are_no_reason_to_refuse(tmp_path: Path) -> None:
+    asked = seating_of(tmp_path, fake_inventory(8, 80), gib_weights=100, gpus_per_worker=3)
+    workers, allocation, notes = seat(asked)
+    assert (workers, allocation.gpus_per_worker) == (2, 3)
+    assert notes[0].startswith("auto: 2×2: weights 50.0 GiB"), "32 heads: two of the three"
+
+
 def test_auto_keeps_to_gpus_per_worker_and_total(tmp_path: Path) -> None:
     asked = seating_of(tmp_path, fake_inventory(8, 80), gpus_per_worker=2, total_gpus=6)
     workers, allocation, _ = seat(asked)
@@ -324,6 +360,10 @@ def test_numbers_that_are_not_the_best_are_taken_and_remarked(tmp_path: Path) ->
     workers, allocation, notes = seat(seating_of(tmp_path, fake_inventory(8, 80), num_workers=2))
     assert (workers, allocation.gpus_per_worker) == (2, 4)
     assert notes == ["2×1 fits; 8×1 about 4.0 × faster (--num_workers 8)."]
+    # Two GPUs hold 131 GiB and little else, so vLLM takes all four.
+    assert seat(seating_of(tmp_path, fake_inventory(4, 80), 131, num_workers=1))[2] == []
+    # And never two for 15 GiB, whatever they would be worth: only auto tells it to.
+    assert seat(seating_of(tmp_path, fake_inventory(2, 24), 15, num_workers=2))[2] == []
     assert seat(seating_of(tmp_path, fake_inventory(8, 80), num_workers=8))[2] == []
 
 

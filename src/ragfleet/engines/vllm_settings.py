@@ -22,11 +22,10 @@ from ragfleet.engines.vllm_memory import (
 from ragfleet.engines.vllm_window import cache_tokens
 from ragfleet.errors import ConfigError
 from ragfleet.inventory import Gpu
+from ragfleet.layout import WEIGHTS_SHARE
 from ragfleet.model_files import read_json, weights_bytes
 
 _DTYPES: Final = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
-_WEIGHTS_SHARE: Final = 0.75
-"""Most of vLLM's memory that weights may take: with a small KV cache few requests run together."""
 _CPU_CACHE_SHARE: Final = 0.25
 _MAX_CPU_CACHE_BYTES: Final = 4 << 30
 """vLLM fills it with zeros at the start: a second per GiB."""
@@ -158,7 +157,7 @@ def _parallel_size(spec: EngineSpec, gpus: Sequence[Gpu]) -> tuple[int, str | No
             (
                 size
                 for size in sizes
-                if stage_bytes / size <= _WEIGHTS_SHARE * _room_bytes(spec, gpus, stages * size)
+                if stage_bytes / size <= WEIGHTS_SHARE * _room_bytes(spec, gpus, stages * size)
             ),
             size,
         )

@@ -7,10 +7,13 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from ragfleet.errors import OutputError
 from ragfleet.identity import check_same_run, check_truncation
 from ragfleet.launch import RunPaths
-from ragfleet.planning import Indexed
+from ragfleet.planning import Finished, Indexed
 from ragfleet.preparation import Preparation
 from ragfleet.shards import list_shards, partial_path
 
@@ -57,6 +60,24 @@ def merged_without_shards(
             " extended. Take another --output_file, or --overwrite."
         )
     return merged
+
+
+def finished_before(
+    preparation: Preparation, indexed: Indexed, finished: Finished
+) -> NDArray[np.bool_]:
+    """[num_records] Which requests need not be answered. Raises OutputError as the two above."""
+    retry_failed = preparation.config.retry_failed
+    check_output(preparation, len(finished.winners.answers))
+    if merged_without_shards(preparation, indexed, retry_failed):
+        return indexed.requests.copy()
+    return finished.mask(indexed, retry_failed)
+
+
+def remove_shards(finished: Finished) -> None:
+    """Of a run that is merged; but not if they hold answers that are nowhere else."""
+    if not finished.num_unasked_answers:
+        for shard in finished.shards:
+            shard.unlink()
 
 
 def remove_old_launches(paths: RunPaths) -> None:

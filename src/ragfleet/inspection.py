@@ -15,7 +15,7 @@ import numpy as np
 from ragfleet.accounting import estimate_lines
 from ragfleet.beats import read_beats
 from ragfleet.config import PlanConfig
-from ragfleet.earlier_files import check_output, merged_without_shards
+from ragfleet.earlier_files import finished_before
 from ragfleet.errors import OutputError, UsageError, WorkersFailed
 from ragfleet.estimates import plan_requests
 from ragfleet.header import header_lines
@@ -25,11 +25,11 @@ from ragfleet.launch import RunPaths
 from ragfleet.launchers.torchrun import detect
 from ragfleet.merge import write_results
 from ragfleet.plan import Plan, static_slices
-from ragfleet.planning import Indexed, find_finished, index_contexts, selection_of
+from ragfleet.planning import Finished, Indexed, find_finished, index_contexts, selection_of
 from ragfleet.preparation import prepare
 from ragfleet.privacy import is_private
 from ragfleet.run_lock import RunLock, holder_of
-from ragfleet.shards import list_shards, partial_path
+from ragfleet.shards import partial_path
 
 
 def plan_lines(config: PlanConfig) -> list[str]:
@@ -43,9 +43,7 @@ def plan_lines(config: PlanConfig) -> list[str]:
         done = np.zeros_like(done)
     else:
         try:
-            check_output(preparation, len(finished.winners.answers))
-            if merged_without_shards(preparation, indexed, config.retry_failed):
-                done = indexed.requests.copy()
+            done = finished_before(preparation, indexed, finished)
         except UsageError as error:
             refused = str(error)
     to_do = indexed.requests & ~done
@@ -135,9 +133,9 @@ def status_lines(options: OutputOptions) -> list[str]:
     paths, run_file = run_of(options.output_file)
     assert run_file.selection is not None
     indexed = index_contexts(run_file.selection, bytes.fromhex(run_file.run_key))
-    if removed := _without_shards(paths, run_file, indexed):
-        return [removed]
     finished = find_finished(indexed, paths.output_file)
+    if removed := _without_shards(paths, run_file, indexed, finished):
+        return [removed]
     kept, total = int(finished.mask(indexed).sum()), int(indexed.requests.sum())
     succeeded = int(finished.mask(indexed, retry_failed=True).sum())
     lines = [
@@ -166,12 +164,23 @@ def status_lines(options: OutputOptions) -> list[str]:
     return lines
 
 
-def _without_shards(paths: RunPaths, run_file: RunFile, indexed: Indexed) -> str | None:
-    """The line about a run that is merged as it is now and whose shards were removed then."""
-    merged, output = run_file.merged, paths.output_file
+def lacks_shards(run_file: RunFile, indexed: Indexed, finished: Finished) -> bool:
+    """Whether a run is merged as it is now, and its shards were removed then: all, or those that a
+    kill left time for. Not where a copy of them was put back."""
+    merged = run_file.merged
     if not merged or not merged["shards_removed"] or merged["digest"] != indexed.digest():
+        return False
+    return not finished.shards or bool((indexed.requests & ~finished.mask(indexed)).any())
+
+
+def _without_shards(
+    paths: RunPaths, run_file: RunFile, indexed: Indexed, finished: Finished
+) -> str | None:
+    """The line about a run whose shards were removed."""
+    output = paths.output_file
+    if not lacks_shards(run_file, indexed, finished):
         return None
-    if list_shards(output):  # a copy that was put back, or replies to a batch
+    if finished.shards and not output.exists():  # replies to a batch, to make it anew
         return None
     total = int(indexed.requests.sum())
     if not output.exists():
@@ -191,9 +200,9 @@ def merge_now(options: MergeOptions) -> str:
     paths, run_file = run_of(options.output_file)
     assert run_file.selection is not None
     indexed = index_contexts(run_file.selection, bytes.fromhex(run_file.run_key))
-    if removed := _without_shards(paths, run_file, indexed):
-        return removed
     finished = find_finished(indexed, paths.output_file)
+    if removed := _without_shards(paths, run_file, indexed, finished):
+        return removed
     missing = int(indexed.requests.sum()) - int(finished.mask(indexed).sum())
     if options.partial:
         target = partial_path(paths.output_file)

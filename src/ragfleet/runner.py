@@ -23,10 +23,11 @@ from ragfleet.beats import Beat, read_beats
 from ragfleet.config import RunConfig
 from ragfleet.earlier_files import (
     backup_name,
-    check_output,
+    finished_before,
     merged_without_shards,
     move_away,
     remove_old_launches,
+    remove_shards,
 )
 from ragfleet.errors import (
     STORAGE_ERRNOS,
@@ -156,8 +157,7 @@ class _Run:
                 to_do = indexed.requests
                 if not self.config.overwrite:
                     finished = find_finished(indexed, paths.output_file)
-                    check_output(preparation, len(finished.winners.answers))
-                    to_do = to_do & ~finished.mask(indexed, self.config.retry_failed)
+                    to_do = to_do & ~finished_before(preparation, indexed, finished)
                 plan, self.prefill = plan_requests(preparation, indexed, to_do)
             except UsageError:
                 lock.discard_new()
@@ -189,9 +189,10 @@ class _Run:
         if merged is None:
             return None
         output = preparation.paths.output_file
+        if self.config.remove_shards:  # a start that was killed meanwhile has left some
+            remove_shards(find_finished(indexed, output))
         self.say(Event("note", f"Nothing to do: {output} is complete."))
-        if self.rank is not None:
-            self.release_followers(preparation.paths.launch(self.launch_id))
+        self.release_followers(preparation.paths.launch(self.launch_id))
         statistics = msgspec.convert(merged["statistics"], MergeStatistics, str_keys=True)
         return self.summary(output, indexed, statistics, resumed=statistics.generated)
 
@@ -351,8 +352,7 @@ class _Run:
         run_file.answer_tokens = self.answer_tokens(run_file)
         write_run_file(paths, run_file)
         if removes:
-            for shard in finished.shards:
-                shard.unlink()
+            remove_shards(finished)
         elif self.config.remove_shards:
             self.say(
                 Event(

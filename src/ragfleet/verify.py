@@ -20,7 +20,7 @@ import msgspec
 from ragfleet.errors import InputError, OutputError
 from ragfleet.identity import RunFile
 from ragfleet.index import Kind
-from ragfleet.inspection import run_of
+from ragfleet.inspection import lacks_shards, run_of
 from ragfleet.merge import UNFINISHED, merged_rows
 from ragfleet.plain_text import one_line
 from ragfleet.planning import Indexed, find_finished, index_contexts
@@ -93,8 +93,10 @@ def verify(contexts: Path, results: Path) -> Verification:
     indexed = _index_of(contexts, run_file)
     _check_exists(results)
     finished = find_finished(indexed, paths.output_file)
-    has_shards = bool(list_shards(paths.output_file)) or not indexed.requests.any()
-    found = Verification(answers_proved=has_shards)
+    has_shards = bool(list_shards(paths.output_file)) and not lacks_shards(
+        run_file, indexed, finished
+    )
+    found = Verification(answers_proved=has_shards or not indexed.requests.any())
     expected = merged_rows(
         indexed.merge_job(finished.winners, mark_unfinished=True), MergeStatistics()
     )

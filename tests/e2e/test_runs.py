@@ -275,6 +275,29 @@ def test_remove_shards_and_run_again(tmp_path: Path) -> None:
     assert "is gone, and so are the shards of its 10 requests" in done.stderr
 
 
+def test_a_kill_while_shards_are_removed(tmp_path: Path) -> None:
+    """What is left of them proves nothing against the output, and the next start removes it."""
+    write(tmp_path / "in.jsonl", plain(10))
+    infer(tmp_path, *ECHO)
+    left = tmp_path / "out_rank0.jsonl"
+    lines = left.read_bytes().splitlines(keepends=True)
+    infer(tmp_path, *ECHO, "--remove_shards")
+    before = (tmp_path / "out.jsonl").read_bytes()
+    left.write_bytes(b"".join(lines[:4]))
+    done = ragfleet(tmp_path, "status", "--output_file", "out.jsonl")
+    assert "all 10 requests finished and merged; the shards were removed" in done.stdout
+    done = ragfleet(tmp_path, "verify", "in.jsonl", "out.jsonl")
+    assert (done.returncode, "VERIFIED: one row per selected line" in done.stdout) == (0, True)
+    infer(tmp_path, *ECHO)
+    assert left.exists(), "who does not ask for it keeps what was put back"
+    infer(tmp_path, *ECHO, "--remove_shards")
+    assert not left.exists()
+    assert (tmp_path / "out.jsonl").read_bytes() == before
+    left.write_bytes(b"".join(lines))  # a copy of all of them is a proof again
+    done = ragfleet(tmp_path, "verify", "in.jsonl", "out.jsonl")
+    assert "VERIFIED: one row per selected line, in order, answers of its key." in done.stdout
+
+
 def test_shards_that_hold_more_than_the_output_are_not_removed(tmp_path: Path) -> None:
     write(tmp_path / "in.jsonl", plain(20))
     infer(tmp_path, *ECHO, "--num_workers", "2")

@@ -158,10 +158,11 @@ def import_replies(output_file: Path, replies: Path) -> list[str]:
     """
     if not replies.is_file():
         raise InputError(f"There is no file {replies}.")
-    paths, run_file = run_of(output_file)
-    assert run_file.selection is not None
+    paths, _ = run_of(output_file)
     taken = failures = unknown = passing = 0
     with RunLock(paths):
+        paths, run_file = run_of(output_file)
+        assert run_file.selection is not None
         indexed = index_contexts(run_file.selection, bytes.fromhex(run_file.run_key))
         finished = find_finished(indexed, paths.output_file)
         rows = np.flatnonzero(indexed.requests & ~finished.mask(indexed))

@@ -5,6 +5,7 @@ Nothing here loads a model, torch included.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -197,6 +198,13 @@ def merge_now(options: MergeOptions) -> str:
     Raises:
         WorkersFailed: not everything is finished and --partial is not given.
     """
+    paths, _ = run_of(options.output_file)
+    # Read under the lock: a start that is just ending merges too, and may remove the shards.
+    with contextlib.nullcontext() if options.partial else RunLock(paths):
+        return _merge(options)
+
+
+def _merge(options: MergeOptions) -> str:
     paths, run_file = run_of(options.output_file)
     assert run_file.selection is not None
     indexed = index_contexts(run_file.selection, bytes.fromhex(run_file.run_key))
@@ -219,14 +227,13 @@ def merge_now(options: MergeOptions) -> str:
             f"{missing:,} requests are not finished, so {paths.output_file.name} was not written."
             " Finish the run, or take --partial."
         )
-    with RunLock(paths):
-        statistics = write_results(
-            indexed.merge_job(finished.winners), paths.output_file, private=is_private(paths)
-        )
-        run_file.merged = {
-            "statistics": msgspec.to_builtins(statistics, str_keys=True),
-            "digest": indexed.digest(),
-            "shards_removed": False,
-        }
-        write_run_file(paths, run_file)
+    statistics = write_results(
+        indexed.merge_job(finished.winners), paths.output_file, private=is_private(paths)
+    )
+    run_file.merged = {
+        "statistics": msgspec.to_builtins(statistics, str_keys=True),
+        "digest": indexed.digest(),
+        "shards_removed": False,
+    }
+    write_run_file(paths, run_file)
     return f"{statistics.rows:,} rows → {paths.output_file}"

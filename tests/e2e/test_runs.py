@@ -21,6 +21,8 @@ from typing import Any
 import pytest
 
 from models import example_records
+from ragfleet import inspection
+from ragfleet.run_lock import RunLock
 
 ROOT = Path(__file__).resolve().parents[2]
 ENTRY = ROOT / "utils" / "RAGutils" / "queryResultByInfer" / "multi_worker_inference.py"
@@ -296,6 +298,25 @@ def test_a_kill_while_shards_are_removed(tmp_path: Path) -> None:
     left.write_bytes(b"".join(lines))  # a copy of all of them is a proof again
     done = ragfleet(tmp_path, "verify", "in.jsonl", "out.jsonl")
     assert "VERIFIED: one row per selected line, in order, answers of its key." in done.stdout
+
+
+def test_a_merge_reads_what_a_start_that_just_ends_leaves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path / "in.jsonl", plain(10))
+    infer(tmp_path, *ECHO)
+
+    class LateLock(RunLock):
+        def __enter__(self) -> RunLock:
+            infer(tmp_path, *ECHO, "--remove_shards")
+            return super().__enter__()
+
+    monkeypatch.setattr(inspection, "RunLock", LateLock)
+    before = (tmp_path / "out.jsonl").read_bytes()
+    said = inspection.merge_now(inspection.MergeOptions(output_file=tmp_path / "out.jsonl"))
+    assert "all 10 requests finished and merged; the shards were removed" in said
+    assert json.loads((tmp_path / "out.run" / "run.json").read_bytes())["starts"] == 2
+    assert (tmp_path / "out.jsonl").read_bytes() == before
 
 
 def test_shards_that_hold_more_than_the_output_are_not_removed(tmp_path: Path) -> None:

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import shutil
 import time
+from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ragfleet.claims import Board, ClaimStore
 from ragfleet.errors import OutputError
 from ragfleet.identity import check_same_run, check_truncation
-from ragfleet.launch import RunPaths
+from ragfleet.launch import LaunchPaths, RunPaths
 from ragfleet.planning import Finished, Indexed
 from ragfleet.preparation import Preparation
 from ragfleet.shards import list_shards, partial_path
+
+_Key = tuple[int, int]
+_MOST_CARRIED: Final = 2
+"""Deaths that make a suspect; poison takes one more."""
 
 
 def check_output(preparation: Preparation, num_answers: int) -> None:
@@ -80,12 +86,58 @@ def remove_shards(finished: Finished) -> None:
             shard.unlink()
 
 
-def remove_old_launches(paths: RunPaths) -> None:
-    """Nothing of an earlier start runs any more: the lock says so."""
+def remove_old_launches(paths: RunPaths, indexed: Indexed) -> dict[str, tuple[int, ...]]:
+    """Nothing of an earlier start runs any more: the lock says so. Returns the deaths that the next
+    one has to know of, as rows of this index by owner."""
+    deaths = _earlier_deaths(paths, indexed)
     for torn in paths.output_file.parent.glob(f".{paths.output_file.name}.*.tmp"):
         torn.unlink(missing_ok=True)
     shutil.rmtree(paths.launches, ignore_errors=True)
     paths.launches.mkdir(parents=True, exist_ok=True)
+    return deaths
+
+
+def _earlier_deaths(paths: RunPaths, indexed: Indexed) -> dict[str, tuple[int, ...]]:
+    """What was in flight when workers died. Else a start that is given up for records that kill
+    would meet them all anew, and so would each after it.
+
+    No row is in more than two, the narrowest: that makes a suspect, which is tried once more.
+    """
+    sets = [found for folder in paths.launches.glob("*") for found in _death_sets(folder)]
+    row_of = _rows_of({key for _, keys in sets for key in keys}, indexed)
+    carried: dict[str, tuple[int, ...]] = {}
+    times: Counter[int] = Counter()
+    for rank, keys in sorted(sets, key=lambda found: len(found[1])):
+        rows = [row_of[key] for key in keys if key in row_of]
+        if rows and len(rows) == len(keys) and all(times[row] < _MOST_CARRIED for row in rows):
+            times.update(rows)
+            carried[f"{rank}.earlier{len(carried)}"] = tuple(rows)
+    return carried
+
+
+def _death_sets(launch: Path) -> list[tuple[str, list[_Key]]]:
+    """(rank, keys that were in flight) of each death; none where files are gone."""
+    paths, board = LaunchPaths(launch), Board(slices=(), costs=())
+    try:
+        ClaimStore(paths.claims).refresh(board)
+        records = np.load(paths.array("records"), mmap_mode="r", allow_pickle=False)
+        return [
+            (owner.partition(".")[0], records[["key_hi", "key_lo"]][list(rows)].tolist())
+            for owner, rows in board.deaths.items()
+        ]
+    except (OSError, ValueError, EOFError, IndexError):
+        return []
+
+
+def _rows_of(keys: set[_Key], indexed: Indexed) -> dict[_Key, int]:
+    if not keys:
+        return {}
+    rows = np.flatnonzero(indexed.requests)
+    records = indexed.index.records[rows]
+    wanted = np.array([key_hi for key_hi, _ in keys], dtype="<u8")
+    here = np.isin(records["key_hi"], wanted)
+    found = records[["key_hi", "key_lo"]][here].tolist()
+    return {key: row for key, row in zip(found, rows[here].tolist(), strict=True) if key in keys}
 
 
 def move_away(paths: RunPaths, private: bool) -> None:

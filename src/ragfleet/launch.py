@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -25,7 +25,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from ragfleet.claims import Board
+from ragfleet.claims import Board, ClaimStore
 from ragfleet.config import PrefixSharing
 from ragfleet.engines.protocol import EngineSpec, PromptSettings, SamplingParams
 from ragfleet.errors import OutputError, StorageError
@@ -194,8 +194,11 @@ class Work:
         return Board(slices=slices, costs=self.chunks["cost"].tolist())
 
 
-def write_launch(paths: LaunchPaths, launch: Launch, work: Work) -> None:
-    """Write the plan of a launch; `launch.json` appears last and whole."""
+def write_launch(
+    paths: LaunchPaths, launch: Launch, work: Work, deaths: Mapping[str, Sequence[int]]
+) -> None:
+    """Write the plan of a launch, and the deaths of earlier ones; `launch.json` appears last and
+    whole."""
     try:
         for directory in (paths.claims, paths.beats, paths.journals):
             directory.mkdir(parents=True, exist_ok=True)
@@ -204,6 +207,8 @@ def write_launch(paths: LaunchPaths, launch: Launch, work: Work) -> None:
     except OSError as error:  # numpy's own "324 requested and 250 written" has no strerror
         reason = error.strerror or "no space left on the device"
         raise StorageError(f"Can't write {paths.directory}: {reason}.") from error
+    for owner, rows in deaths.items():
+        ClaimStore(paths.claims).record_death(owner, rows)
     write_atomically(paths.spec, msgspec.json.format(msgspec.json.encode(launch)))
 
 

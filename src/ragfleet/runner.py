@@ -238,7 +238,7 @@ class _Run:
             self.say(Event("note", resume_line(starts, num_finished, to_do)))
         self.finished, self.to_do = num_finished, to_do
         launch_paths = paths.launch(self.launch_id)
-        remove_old_launches(paths)
+        deaths = remove_old_launches(paths, indexed)
         if not to_do:
             self.release_followers(launch_paths)
             return num_finished
@@ -252,7 +252,7 @@ class _Run:
         paths.logs.mkdir(exist_ok=True)
         if preparation.remote is not None:
             begin_account(launch_paths.directory, preparation.remote, indexed, finished)
-        write_launch(launch_paths, launch, work)
+        write_launch(launch_paths, launch, work, deaths)
         ranks = [self.rank.rank] if self.rank is not None else range(launch.num_started)
         supervisor = Supervisor(
             launch_paths,

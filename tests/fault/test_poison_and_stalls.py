@@ -32,6 +32,12 @@ class Several(QueryBasedInference):
             os.kill(os.getpid(), signal.SIGKILL)
         return query[::-1]
 
+class First(QueryBasedInference):
+    def generate_answer(self, query, context, retrieval_method):
+        if int(query[1:]) < 10 and not (HERE / "mended").exists():
+            os.kill(os.getpid(), signal.SIGKILL)
+        return query[::-1]
+
 class Stands(QueryBasedInference):
     def generate_answer(self, query, context, retrieval_method):
         if query == "q5" and once("stood"):
@@ -53,10 +59,10 @@ class LoadsForever(QueryBasedInference):
 )
 
 
-def run(
+def started(
     folder: Path, count: int, class_name: str, *flags: str, site: str = ""
-) -> tuple[list[dict[str, object]], str]:
-    """Rows and what was said; the run must end well."""
+) -> subprocess.CompletedProcess[str]:
+    """One start."""
     (folder / "mine.py").write_text(CLASSES)
     (folder / "site").mkdir(exist_ok=True)
     (folder / "site" / "sitecustomize.py").write_text(site)
@@ -68,7 +74,7 @@ def run(
     command = [sys.executable, "-m", "ragfleet", "infer", "--contexts_file", "in.jsonl"]
     command += ["--output_file", "out.jsonl", "--engine", "echo", "--temperature", "0"]
     command += ["--inference_class", f"mine.py:{class_name}", *flags]
-    done = subprocess.run(
+    return subprocess.run(
         command,
         cwd=folder,
         env=harness.environment(PYTHONPATH=os.pathsep.join((str(folder / "site"), source))),
@@ -77,6 +83,13 @@ def run(
         timeout=90,
         check=False,
     )
+
+
+def run(
+    folder: Path, count: int, class_name: str, *flags: str, site: str = ""
+) -> tuple[list[dict[str, object]], str]:
+    """Rows and what was said; the run must end well."""
+    done = started(folder, count, class_name, *flags, site=site)
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in (folder / "out.jsonl").read_text().splitlines()]
     assert [row["id"] for row in rows] == [f"r{number}" for number in range(count)]
@@ -107,6 +120,29 @@ def test_several_poison_records_end_no_worker_for_good(tmp_path: Path) -> None:
     assert failures == [(f"r{number}", "poison") for number in (3, 4, 5, 6, 20)]
     assert len(list(tmp_path.glob("out.run/launches/*/claims/death.*"))) == 15
     assert "given up" not in said
+
+
+def test_records_that_kill_before_any_answer_are_told_by_later_starts(tmp_path: Path) -> None:
+    """A start is given up for four of them, and the next one does not begin with the same four."""
+    for _ in range(5):
+        done = started(tmp_path, 30, "First", "--num_workers", "1")
+        assert done.returncode == 1
+        assert "No worker is left" in done.stderr
+    rows, _ = run(tmp_path, 30, "First", "--num_workers", "1")
+    failures = [(row["id"], row["error_type"]) for row in rows if not row["success"]]
+    assert failures == [(f"r{number}", "poison") for number in range(10)]
+    assert "worker died 3 times" in str(rows[0]["error"])
+
+
+def test_what_earlier_starts_suspect_is_tried_before_it_is_poison(tmp_path: Path) -> None:
+    for _ in range(3):
+        assert started(tmp_path, 30, "First", "--num_workers", "1").returncode == 1
+    (tmp_path / "mended").touch()
+    rows, _ = run(tmp_path, 30, "First", "--num_workers", "1")
+    failed = [row["error_type"] for row in rows if not row["success"]]
+    assert failed == ["poison"] * 3, "written down before it was mended"
+    rows, _ = run(tmp_path, 30, "First", "--num_workers", "1", "--retry_failed")
+    assert all(row["success"] for row in rows)
 
 
 def test_a_worker_without_progress_is_ended_with_its_grandchild(tmp_path: Path) -> None:

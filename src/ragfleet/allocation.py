@@ -30,7 +30,7 @@ class WorkerAllocation:
     gpus: tuple[Gpu, ...] = ()
     """Empty: CPU."""
     num_threads: int = 1
-    """CPU threads: cores // workers. Set on CPU only."""
+    """CPU threads: its part of the cores, see `threads_of`. Set on CPU only."""
     share: int = 1
     """Workers on each of these GPUs; above 1 they are shared."""
 
@@ -116,9 +116,8 @@ def allocate(
     """
     if num_workers < 1 or cpu_cores < 1:
         raise ValueError(f"num_workers={num_workers} and cpu_cores={cpu_cores} must be at least 1.")
-    num_threads = max(1, cpu_cores // num_workers)
     if device == "cpu" or total_gpus == 0:
-        return _on_cpu(num_workers, num_threads)
+        return _on_cpu(num_workers, cpu_cores)
     if inventory.failed:
         raise DeviceError(f"No GPU can be used: {inventory.reason} Or run with --device cpu.")
     if not inventory.gpus:
@@ -126,14 +125,14 @@ def allocate(
         if gpus_per_worker and not total_gpus:
             asked = f" (--gpus_per_worker {gpus_per_worker} asks for GPUs)"
         why = inventory.reason or "there is no GPU."
-        return _on_cpu(num_workers, num_threads, f"Running on CPU{asked}: {why}")
+        return _on_cpu(num_workers, cpu_cores, f"Running on CPU{asked}: {why}")
     need = Need(num_workers, total_gpus, gpus_per_worker, weights_bytes, gpu_pick)
     usable, notes = usable_of(inventory, need)
     each = gpus_each(usable, num_workers, gpus_per_worker)
     if each * num_workers > len(usable):
         raise DeviceError("\n".join([_too_few(len(usable), num_workers, each, total_gpus), *notes]))
     if each == 0:
-        workers = _round_robin(usable, num_workers, num_threads)
+        workers = _round_robin(usable, num_workers)
         _check_exclusive(workers, need)
         notes.append(_sharing_note(usable, workers, need))
         notes += [beside_others(gpu) for gpu in usable[:num_workers] if not is_idle(gpu)]
@@ -149,9 +148,7 @@ def allocate(
         )
     notes += [beside_others(gpu) for gpu in usable[: each * num_workers] if not is_idle(gpu)]
     workers = tuple(
-        WorkerAllocation(
-            worker=i, gpus=tuple(usable[i * each : (i + 1) * each]), num_threads=num_threads
-        )
+        WorkerAllocation(worker=i, gpus=tuple(usable[i * each : (i + 1) * each]))
         for i in range(num_workers)
     )
     return Allocation(workers=workers, gpus_per_worker=each, notes=tuple(notes))
@@ -230,8 +227,15 @@ def tensor_parallel_note(
     )
 
 
-def _on_cpu(num_workers: int, num_threads: int, *notes: str) -> Allocation:
-    workers = tuple(WorkerAllocation(worker=i, num_threads=num_threads) for i in range(num_workers))
+def threads_of(num_workers: int, cpu_cores: int) -> list[int]:
+    """Of each worker on the CPU: no core is left over, so the first ones may have one more."""
+    least, over = divmod(cpu_cores, num_workers)
+    return [max(1, least + (worker < over)) for worker in range(num_workers)]
+
+
+def _on_cpu(num_workers: int, cpu_cores: int, *notes: str) -> Allocation:
+    threads = threads_of(num_workers, cpu_cores)
+    workers = tuple(WorkerAllocation(worker=i, num_threads=num) for i, num in enumerate(threads))
     return Allocation(workers=workers, gpus_per_worker=0, notes=notes)
 
 
@@ -252,14 +256,11 @@ def _too_few(num_gpus: int, num_workers: int, each: int, total_gpus: int | None)
     )
 
 
-def _round_robin(
-    usable: Sequence[Gpu], num_workers: int, num_threads: int
-) -> tuple[WorkerAllocation, ...]:
+def _round_robin(usable: Sequence[Gpu], num_workers: int) -> tuple[WorkerAllocation, ...]:
     return tuple(
         WorkerAllocation(
             worker=i,
             gpus=(usable[i % len(usable)],),
-            num_threads=num_threads,
             share=len(range(i % len(usable), num_workers, len(usable))),
         )
         for i in range(num_workers)
@@ -291,7 +292,7 @@ def _sharing_note(usable: Sequence[Gpu], workers: Sequence[WorkerAllocation], ne
     needed = need.least_bytes(1) or 0
     if least is not None and least < needed and need.gpu_pick == "free":
         fitting = len(usable)  # one worker each fits, or the GPU would have been left out
-        while (_least_share(_round_robin(usable, fitting + 1, 1)) or 0) >= needed:
+        while (_least_share(_round_robin(usable, fitting + 1)) or 0) >= needed:
             fitting += 1
         raise DeviceError(
             f"{len(workers)} workers share {len(usable)} GPU(s), {gib(least)} for one of them, but"

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Final, Literal
 
-from ragfleet.allocation import tensor_parallel_size
+from ragfleet.allocation import tensor_parallel_size, threads_of
 from ragfleet.errors import DeviceError
 from ragfleet.inventory import gib
 
@@ -266,26 +266,26 @@ def cpu_workers(
             f" in {gib(model)}, of {gib(available_bytes)} available. Take a smaller model."
         )
 
-    def each(workers: int) -> int:
-        return model + engine_bytes(max(1, num_cores // workers))
+    def together(workers: int) -> int:
+        return sum(model + engine_bytes(threads) for threads in threads_of(workers, num_cores))
 
-    while workers > 1 and workers * each(workers) > available_bytes:
+    while workers > 1 and together(workers) > available_bytes:
         workers -= 1
-    if workers < most:
-        why += (
-            f", but memory holds {workers}: {gib(each(workers))} each of {gib(available_bytes)}"
-            " available"
-        )
-    if each(workers) > available_bytes and is_asked:
+    needed = together(workers)
+    if needed > available_bytes and is_asked:
         raise DeviceError(
-            f"The model and --kv_cache_bytes do not fit into memory: {gib(each(workers))} together,"
+            f"The model and --kv_cache_bytes do not fit into memory: {gib(needed)} together,"
             f" of {gib(available_bytes)} available."
         )
-    if each(workers) > available_bytes:
+    if workers < most:
+        why += f", but memory holds {workers}"
+    if needed > available_bytes:
         why += (
-            f"; with all that it may take for keys and values it needs {gib(each(workers))}, and"
+            f"; with all that it may take for keys and values it needs {gib(needed)}, and"
             f" there are {gib(available_bytes)}: --kv_cache_bytes limits that"
         )
+    elif workers < most:
+        why += f": {gib(needed)} together, of {gib(available_bytes)} available"
     return workers, f"{workers} workers: {why}."
 
 

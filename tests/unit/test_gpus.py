@@ -177,14 +177,14 @@ def test_cpu_by_choice(options: dict[str, Any]) -> None:
         allocation = give(machine, 3, **options)
         assert allocation.gpus_per_worker == 0
         assert allocation.notes == ()
-        for worker in allocation.workers:
+        for worker, threads in zip(allocation.workers, ("6", "5", "5"), strict=True):
             assert worker_environment(worker) == {
                 "CUDA_VISIBLE_DEVICES": "",
                 "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
-                "OMP_NUM_THREADS": "5",
+                "OMP_NUM_THREADS": threads,
                 "OMP_WAIT_POLICY": "PASSIVE",
                 "GOMP_SPINCOUNT": "10000",
-                "MKL_NUM_THREADS": "5",
+                "MKL_NUM_THREADS": threads,
             }
 
 

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ragfleet import seating, seats
-from ragfleet.allocation import Allocation
+from ragfleet.allocation import Allocation, threads_of
 from ragfleet.config import RunConfig
 from ragfleet.errors import DeviceError, ModelError
 from ragfleet.inventory import GIB, GpuInventory, fake_inventory
@@ -389,12 +389,14 @@ def cpu_machine(
 
 
 def test_auto_on_the_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    cpu_machine(monkeypatch, cores=8, memory_gib=100)
+    cpu_machine(monkeypatch, cores=8, memory_gib=110)
     none = fake_inventory(0)
     assert seat(seating_of(tmp_path, none, gib_weights=0.1))[0] == 8
     workers, allocation, notes = seat(seating_of(tmp_path, none, gib_weights=10))
-    assert workers == len(allocation.workers) == 3, "20 GiB each as fp32, 8 for keys and values"
-    assert "memory holds 3" in notes[0]
+    assert workers == len(allocation.workers) == 3, "20 GiB each as fp32, 33 for keys and values"
+    assert [worker.num_threads for worker in allocation.workers] == [3, 3, 2]
+    # 3 × (1.1 × 20 + 0.75) GiB, 0.3 of 110, and an output layer of 2 GiB for each.
+    assert "memory holds 3: 107.1 GiB together, of 110.0 GiB available" in notes[0]
     threaded = seating_of(tmp_path, none, gib_weights=0.1)
     threaded = dataclasses.replace(threaded, environ={"OMP_NUM_THREADS": "4"})
     assert seat(threaded)[0] == 2
@@ -463,8 +465,10 @@ def test_auto_on_the_cpu_leaves_room_for_what_its_workers_take(
     ]
     assert len(each) == workers
     assert sum(each) <= available * GIB
-    more = 2.2 * gib_weights * GIB + 0.75 * GIB + taken.of_worker(max(1, cores // (workers + 1)))
-    assert workers == cores or (workers + 1) * more > available * GIB
+    assert sum(worker.num_threads for worker in allocation.workers) == cores, "none is idle"
+    threads = threads_of(workers + 1, cores)
+    more = [2.2 * gib_weights * GIB + 0.75 * GIB + taken.of_worker(number) for number in threads]
+    assert workers == cores or sum(more) > available * GIB
 
 
 def test_a_model_that_fits_is_not_refused_for_a_cache(

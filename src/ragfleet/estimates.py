@@ -23,7 +23,7 @@ from ragfleet.engines.protocol import PromptSettings
 from ragfleet.errors import InputError
 from ragfleet.index import read_lines
 from ragfleet.model_files import context_limit
-from ragfleet.plan import Plan
+from ragfleet.plan import BYTES_PER_TOKEN, Plan
 from ragfleet.planning import Indexed, cost_model
 from ragfleet.preparation import Preparation
 from ragfleet.prompts import RecordPromptError, build_messages
@@ -171,7 +171,7 @@ class PrefillSample:
 
         assert preparation.model_dir is not None
         config = preparation.config
-        self._indexed, self._num_workers = indexed, preparation.num_workers
+        self._indexed = indexed
         limit = config.max_model_len or context_limit(preparation.model_dir)
         self._most_tokens = None if limit is None else limit - config.max_new_tokens
         self._truncates = config.truncate_context != "error"
@@ -191,11 +191,20 @@ class PrefillSample:
 
     @property
     def bytes_per_token(self) -> float:
-        """Of prompts, apart from what all of them begin with."""
-        requests = self._requests
+        """Of prompts that are sent whole, apart from what all of them begin with."""
+        requests = self._requests[
+            (self._requests["too_long"] == 0) & (self._requests["fails"] == 0)
+        ]
+        if not len(requests):
+            return BYTES_PER_TOKEN
         tokens = float(requests["tokens"].sum()) - self._common_tokens * len(requests)
         num_bytes = float(requests["prefix_bytes"].sum() + requests["suffix_bytes"].sum())
         return float(np.clip(num_bytes / max(tokens, 1.0), 0.5, 20.0))
+
+    @property
+    def most_tokens(self) -> float:
+        """Of a prompt that the model takes."""
+        return np.inf if self._most_tokens is None else max(0, self._most_tokens)
 
     def estimate(self, plan: Plan) -> Prefill:
         """Of a plan of these requests."""
@@ -326,7 +335,9 @@ def plan_requests(
     sample = None
     if to_do.any() and can_tokenise(preparation):
         sample = PrefillSample(preparation, indexed, to_do)
-    costs = cost_model(preparation, None if sample is None else sample.bytes_per_token)
+        costs = cost_model(preparation, sample.bytes_per_token, sample.most_tokens)
+    else:
+        costs = cost_model(preparation)
     plan = indexed.plan(to_do, preparation.config.schedule, costs)
     if sample is None:
         return plan, None

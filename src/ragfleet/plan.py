@@ -117,16 +117,20 @@ class CostModel:
     answer_tokens: float
     """Length of an average answer."""
     bytes_per_token: float = BYTES_PER_TOKEN
+    most_tokens: float = np.inf
+    """Of a prompt that the model takes: longer ones fail, or are cut."""
 
     def prefix(self, grouping: NDArray[Any], rows: NDArray[Any]) -> NDArray[np.float64]:
         """Cost of the part of each prompt that its group shares."""
-        cost: NDArray[np.float64] = grouping["prefix_bytes"][rows] / self.bytes_per_token
-        return cost
+        return self._tokens(grouping["prefix_bytes"][rows])
 
     def own(self, grouping: NDArray[Any], rows: NDArray[Any]) -> NDArray[np.float64]:
         """Cost of the rest of each prompt, and of its answer."""
-        cost: NDArray[np.float64] = grouping["suffix_bytes"][rows] / self.bytes_per_token
-        return cost + self.answer_tokens
+        return self._tokens(grouping["suffix_bytes"][rows]) + self.answer_tokens
+
+    def _tokens(self, num_bytes: NDArray[Any]) -> NDArray[np.float64]:
+        tokens: NDArray[np.float64] = np.minimum(num_bytes / self.bytes_per_token, self.most_tokens)
+        return tokens
 
 
 @dataclass(frozen=True)

@@ -105,13 +105,18 @@ def index_contexts(
     return Indexed(selection, index, selected, requests)
 
 
-def cost_model(preparation: Preparation, bytes_per_token: float | None = None) -> CostModel:
+def cost_model(
+    preparation: Preparation,
+    bytes_per_token: float = BYTES_PER_TOKEN,
+    most_tokens: float = np.inf,
+) -> CostModel:
     """What is known beforehand of the costs; an earlier start knows how long answers are."""
     before = preparation.run_file.answer_tokens if preparation.run_file is not None else None
     assumed = ANSWER_RATIO * preparation.config.max_new_tokens
     return CostModel(
         answer_tokens=assumed if before is None else before,
-        bytes_per_token=bytes_per_token or BYTES_PER_TOKEN,
+        bytes_per_token=bytes_per_token,
+        most_tokens=most_tokens,
     )
 
 

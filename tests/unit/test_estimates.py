@@ -27,6 +27,7 @@ from ragfleet.estimates import (
 )
 from ragfleet.header import prefill_lines
 from ragfleet.identity import RunFile
+from ragfleet.model_files import context_limit
 from ragfleet.plan import CostModel
 from ragfleet.planning import Indexed, cost_model, index_contexts, selection_of
 from ragfleet.preparation import Preparation, pocket_folder, prepare
@@ -215,6 +216,25 @@ def test_prompts_that_are_too_long_are_counted_apart(tmp_path: Path) -> None:
         cut = 104 * (len(ids) - len(fitting)) if policy == "tail" else 0
         assert found.prompts.total == sum(fitting) + cut
         assert f"{len(ids) - len(fitting)} prompts are too long" in "\n".join(prefill_lines(found))
+
+
+@pytest.mark.parametrize("policy", ["error", "tail"])
+def test_a_line_of_megabytes_costs_no_more_than_the_model_takes(
+    tmp_path: Path, policy: str
+) -> None:
+    settings: dict[str, Any] = {"truncate_context": policy, "num_workers": 2}
+    preparation, indexed = prepared_run(tmp_path, 100, 20, **settings)
+    before = plan_requests(preparation, indexed, indexed.requests)[0]
+    with preparation.config.contexts_file.open("a") as file:
+        record = {"query": "much?", "context": "a large moon " * 100_000}
+        file.write(json.dumps(record) + "\n")
+    selection = selection_of(preparation.config, 2, [])
+    indexed = index_contexts(selection, preparation.identity.run_key)
+    plan = plan_requests(preparation, indexed, indexed.requests)[0]
+    limit = context_limit(pocket_folder())
+    assert limit is not None
+    assert plan.least_cost == pytest.approx(before.least_cost + limit - 16 + 4, rel=0.02)
+    assert len(plan.chunks) > 15, "costs of the others are as before, and so are their chunks"
 
 
 def test_where_prompts_are_not_known_nothing_is_claimed(tmp_path: Path) -> None:

@@ -43,14 +43,6 @@ class RunLock:
         self.fd = -1
 
     def __enter__(self) -> RunLock:
-        directory = self._paths.directory
-        try:
-            for folder in (directory.parent, directory):
-                if not folder.exists():
-                    folder.mkdir(mode=self._mode, parents=True)
-                    self._made.append(folder)
-        except OSError as error:
-            raise OutputError(f"Can't create {directory}: {error.strerror}.") from None
         self._open()
         deadline_s = time.monotonic() + _WAIT_S
         while True:
@@ -76,8 +68,16 @@ class RunLock:
         return self
 
     def _open(self) -> None:
+        directory = self._paths.directory
         try:
-            self._paths.directory.mkdir(mode=self._mode, exist_ok=True)
+            for folder in (directory.parent, directory):
+                if not folder.exists():
+                    with contextlib.suppress(FileExistsError):  # another start was quicker
+                        folder.mkdir(mode=self._mode, parents=True)
+                        self._made.append(folder)
+        except OSError as error:
+            raise OutputError(f"Can't create {directory}: {error.strerror}.") from None
+        try:
             self.fd = os.open(self._paths.lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         except OSError as error:
             raise OutputError(f"Can't create {self._paths.lock}: {error.strerror}.") from None

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -157,7 +158,7 @@ def test_an_orphan_that_is_not_ours_is_named_and_spared(
 
 def test_a_lock_that_was_taken_back_is_no_lock(tmp_path: Path) -> None:
     """A first start that is refused removes its new folder, and somebody may wait for its lock."""
-    paths = RunPaths(tmp_path / "out.jsonl")
+    paths = RunPaths(tmp_path / "new" / "out.jsonl")
     refused = RunLock(paths, "refused").__enter__()
     waiting = ThreadPoolExecutor(1).submit(RunLock(paths, "waiting").__enter__)
     time.sleep(0.3)  # it tries every 0.1 s; nothing says that it does
@@ -165,7 +166,24 @@ def test_a_lock_that_was_taken_back_is_no_lock(tmp_path: Path) -> None:
     refused.__exit__()
     lock = waiting.result(timeout=10)
     assert os.path.samestat(os.fstat(lock.fd), paths.lock.stat())
+    lock.discard_new()
     lock.__exit__()
+    assert not (tmp_path / "new").exists(), "who is refused after that takes it back too"
+
+
+def test_of_two_first_starts_one_makes_the_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = RunPaths(tmp_path / "out.jsonl")
+
+    def mkdir(folder: Path, **how: Any) -> None:
+        os.mkdir(folder)  # the other one, just now
+        os.mkdir(folder)
+
+    monkeypatch.setattr(Path, "mkdir", mkdir)
+    with RunLock(paths, "second") as lock:
+        lock.discard_new()
+    assert paths.lock.exists(), "what the other one made is not this one's to remove"
 
 
 def test_only_what_is_certainly_dead_is_dead() -> None:

@@ -311,6 +311,20 @@ def test_prompts_that_cannot_be_made_are_told_and_none_at_all_is_refused(
     assert plan_requests(preparation, indexed, rest, exact)[1] is not None
 
 
+def test_a_sample_of_nothing_but_failures_is_no_reason_to_refuse(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    template = tmp_path / "t.jinja"
+    template.write_text(
+        "{% if ' 59?' not in query %}{{ nope }}{% endif %}{{ query }} {{ context }}"
+    )
+    preparation, indexed = prepared_run(tmp_path, 60, 5, prompt_template=template)
+    monkeypatch.setattr("ragfleet.estimates.SAMPLED", 3)
+    found = plan_requests(preparation, indexed, indexed.requests)[1]
+    assert found is not None
+    assert found.num_failing.total == 60, "as far as the sample knows"
+
+
 def test_workers_without_work_do_not_count(tmp_path: Path) -> None:
     preparation, indexed = prepared_run(tmp_path, 12, 3, num_workers=1000)
     for exact in (False, True):

@@ -6,6 +6,7 @@ from typing import Any
 
 from ragfleet.beats import Beat
 from ragfleet.launchers.liveness import AwakeTime, Life
+from ragfleet.pulse import Counters
 
 
 def awake(*looks: float) -> AwakeTime:
@@ -71,3 +72,10 @@ def test_a_request_that_blocks_is_named_by_its_row() -> None:
     assert known.blocking_row(26.5, awake()) == 4711, "also when it holds up the beats"
     assert known.blocking_row(80.0, awake(19.0, 76.0)) is None, "a suspended job has time"
     assert life(in_flight=1, oldest_row=1, oldest_s=99.0).blocking_row(99.0, awake()) is None
+
+
+def test_why_a_worker_is_slower_is_said_once() -> None:
+    counters = Counters()
+    for reason in ("no room", "no room", "too long", "no room"):
+        counters.degrade(reason)
+    assert counters.degraded == "no room; too long"

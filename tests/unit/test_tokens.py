@@ -287,6 +287,10 @@ def test_a_line_of_megabytes_is_refused_by_its_begin(
     assert " tokens and more and --max_new_tokens is " in failure.error
     assert "Use --truncate_context" in failure.error
     assert max(lengths) < 100_000
+    asked = request("numpy.mean " * 20_000)
+    cut = prepare(tokenizer, 2000, asked=asked, truncate_context="tail")
+    assert isinstance(cut, Prepared), "what is cut is not refused, however long"
+    assert cut.truncated_tokens > 20_000
     # Few tokens for so much text: only the whole can tell.
     monkeypatch.setattr("ragfleet.tokens._FAR", 1)
     monkeypatch.setattr("ragfleet.tokens._LEAST_FAR", 1)

@@ -221,6 +221,28 @@ def choose_layout(
     )
 
 
+def choose_gpus(
+    gpu_bytes: Sequence[int],
+    model: ModelSize,
+    demand: Demand,
+    split: Split = "heads",
+    sizes: Sequence[int] | None = None,
+) -> tuple[Layout, int]:
+    """(the layout, the least memory that its GPUs have): the smallest GPU decides how much each is
+    given, so it is left out where the others do clearly more without. Raises as `choose_layout`."""
+    chosen, least_bytes = None, 0
+    for smallest in sorted(set(gpu_bytes)):
+        larger = [num_bytes for num_bytes in gpu_bytes if num_bytes >= smallest]
+        if len(larger) < min(sizes or [1]):
+            break
+        found = layouts(larger, model, demand, split, sizes)[:1]
+        for layout in found:
+            worth = 0.0 if chosen is None else WORTH_SAYING * chosen.requests_per_s
+            if layout.num_requests and layout.requests_per_s > worth:
+                chosen, least_bytes = layout, smallest
+    return chosen or choose_layout(gpu_bytes, model, demand, split, sizes), least_bytes
+
+
 def faster_layout(
     current: Layout, found: Sequence[Layout], flag: str = "--num_workers"
 ) -> str | None:

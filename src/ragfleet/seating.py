@@ -25,7 +25,7 @@ from ragfleet.layout import (
     ModelSize,
     Split,
     check_memory,
-    choose_layout,
+    choose_gpus,
     cpu_workers,
     engine_gpus,
     faster_layout,
@@ -112,7 +112,7 @@ def seat(seating: Seating) -> tuple[int, Allocation, list[str]]:
 
     Raises ConfigError and DeviceError, with the sums where nothing fits.
     """
-    config, notes = seating.config, []
+    config, inventory, notes = seating.config, seating.inventory, []
     sizes = None if config.gpus_per_worker is None else [config.gpus_per_worker]
     gpus_per_worker = config.gpus_per_worker
     is_auto = config.num_workers == "auto" and seating.torchrun is None
@@ -120,13 +120,13 @@ def seat(seating: Seating) -> tuple[int, Allocation, list[str]]:
     if is_auto and seating.on_cpu:
         num_workers, note = _auto_on_cpu(seating)
         notes.append(note)
-    elif is_auto and not seating.inventory.failed:
-        num_workers, gpus_per_worker, note = _auto_on_gpus(seating, sizes)
+    elif is_auto and not inventory.failed:
+        num_workers, gpus_per_worker, note, inventory = _auto_on_gpus(seating, sizes)
         notes.append(note)
     if seating.on_cpu:
         _check_cpu(seating, num_workers)
     allocation = allocate(
-        seating.inventory,
+        inventory,
         num_workers=num_workers,
         cpu_cores=usable_cores(),
         total_gpus=0 if seating.needs_no_gpu else config.total_gpus,
@@ -231,10 +231,10 @@ def _loop_memory(seating: Seating, model_dir: Path) -> LoopMemory:
     return loop_memory(seating.config, model_dir, size, memory_bytes, num_cores)
 
 
-def _auto_on_gpus(seating: Seating, sizes: list[int] | None) -> tuple[int, int, str]:
-    """(workers, GPUs of each, the line with the sum)."""
-    config = seating.config
-    gpus = usable_gpus(seating.inventory, total_gpus=config.total_gpus, gpu_pick=config.gpu_pick)
+def _auto_on_gpus(seating: Seating, sizes: list[int] | None) -> tuple[int, int, str, GpuInventory]:
+    """(workers, GPUs of each, the line with the sum, the GPUs without those that are too small)."""
+    config, inventory = seating.config, seating.inventory
+    gpus = usable_gpus(inventory, total_gpus=config.total_gpus, gpu_pick=config.gpu_pick)
     if sizes and sizes[0] > len(gpus):
         raise DeviceError(f"--gpus_per_worker {sizes[0]} is more than the {len(gpus)} usable GPUs.")
     model = _model_size(seating)
@@ -245,11 +245,18 @@ def _auto_on_gpus(seating: Seating, sizes: list[int] | None) -> tuple[int, int, 
         num_gpus = sizes[0] if sizes else 1
         workers = len(gpus) // num_gpus
         unknown = "the model's size" if has_memory else "the GPUs' memory"
-        return workers, num_gpus, f"auto: {workers}×{num_gpus}: {unknown} is not known."
+        note = f"auto: {workers}×{num_gpus}: {unknown} is not known."
+        return workers, num_gpus, note, inventory
     free = [gpu.free_bytes for gpu in gpus]
-    layout = choose_layout(free, model, _demand(seating), seating.split, sizes)
+    layout, least = choose_gpus(free, model, _demand(seating), seating.split, sizes)
+    note = f"auto: {layout.name}: {layout.arithmetic()}."
+    small = [gpu for gpu in gpus if gpu.free_bytes < least]
+    if small:
+        note += f" GPU {', '.join(gpu.label for gpu in small)} left out: the others hold more."
+        kept = tuple(gpu for gpu in inventory.gpus if gpu not in small)
+        inventory = replace(inventory, gpus=kept)
     num_gpus = sizes[0] if sizes else layout.num_gpus
-    return layout.num_workers, num_gpus, f"auto: {layout.name}: {layout.arithmetic()}."
+    return layout.num_workers, num_gpus, note, inventory
 
 
 def _more_on_cpu(seating: Seating) -> list[str]:

@@ -343,6 +343,28 @@ def test_gpus_that_heads_do_not_split_over_are_no_reason_to_refuse(tmp_path: Pat
     assert notes[0].startswith("auto: 2×2: weights 50.0 GiB"), "32 heads: two of the three"
 
 
+def test_a_small_gpu_does_not_hold_the_others_back(tmp_path: Path) -> None:
+    machine = fake_inventory(5, 80)
+    gpus = [*machine.gpus]
+    gpus[1] = dataclasses.replace(gpus[1], total_bytes=24 * GIB, free_bytes=24 * GIB)
+    mixed = dataclasses.replace(machine, gpus=tuple(gpus))
+    # Five shares of 24 GiB hold no model of 131, four of 80 do.
+    workers, allocation, notes = seat(seating_of(tmp_path, mixed, gib_weights=131))
+    assert (workers, allocation.gpus_per_worker) == (1, 4)
+    assert [gpu.index for gpu in allocation.gpus] == [0, 2, 3, 4]
+    assert "of 72.0 GiB usable. GPU 1 left out: the others hold more." in notes[0]
+    # A little less is no reason.
+    gpus[1] = dataclasses.replace(gpus[1], total_bytes=80 * GIB, free_bytes=79 * GIB)
+    alike = dataclasses.replace(machine, gpus=tuple(gpus))
+    workers, allocation, notes = seat(seating_of(tmp_path, alike, gib_weights=15))
+    assert workers == len(allocation.gpus) == 5
+    assert "left out" not in notes[0]
+    asked = seating_of(tmp_path, mixed, gib_weights=15, gpus_per_worker=5)
+    assert len(seat(asked)[1].gpus) == 5
+    with pytest.raises(DeviceError, match=r"does not fit 5 GPU\(s\)"):
+        seat(seating_of(tmp_path, mixed, gib_weights=400))
+
+
 def test_auto_keeps_to_gpus_per_worker_and_total(tmp_path: Path) -> None:
     asked = seating_of(tmp_path, fake_inventory(8, 80), gpus_per_worker=2, total_gpus=6)
     workers, allocation, _ = seat(asked)

@@ -108,6 +108,7 @@ def toml_arguments(path: Path, *kinds: type[Any]) -> list[str]:
     import difflib
     import json
     import tomllib
+    from typing import get_type_hints
 
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8-sig"))
@@ -115,7 +116,10 @@ def toml_arguments(path: Path, *kinds: type[Any]) -> list[str]:
         raise ConfigError(f"--config {path} can't be read: {error}") from None
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"--config {path} is not valid TOML: {error}") from None
-    known = {field.name for kind in kinds for field in dataclasses.fields(kind)}
+    known: dict[str, Any] = {}
+    for kind in kinds:
+        hints = get_type_hints(kind)
+        known |= {field.name: hints[field.name] for field in dataclasses.fields(kind)}
     arguments = []
     for name, value in table.items():
         key = name.replace("-", "_")
@@ -123,6 +127,9 @@ def toml_arguments(path: Path, *kinds: type[Any]) -> list[str]:
             near = difflib.get_close_matches(key, known, n=1)
             hint = f" Did you mean {near[0]}?" if near else ""
             raise ConfigError(f"{path}: there is no setting {name}.{hint}")
+        if not _may_be(value, known[key]):
+            shown = json.dumps(value, default=str, ensure_ascii=False)
+            raise ConfigError(f"{path}: {name} is {shown}; it must be {_wanted(known[key])}.")
         if isinstance(value, bool):
             arguments.append(f"--{key}" if value else f"--no_{key}")
         elif isinstance(value, list):
@@ -133,3 +140,51 @@ def toml_arguments(path: Path, *kinds: type[Any]) -> list[str]:
         else:
             arguments.append(f"--{key}={value}")
     return arguments
+
+
+def _may_be(value: Any, kind: Any) -> bool:
+    """Whether a value of a TOML file can be a setting of this type; texts are read as options are.
+
+    Asked here, because the same words as options would pass for others: `overwrite = "yes"` for a
+    stray word, and `seed = true` for an option without its value.
+    """
+    import json
+    from types import NoneType, UnionType
+    from typing import Literal, Union, get_args, get_origin
+
+    origin = get_origin(kind) or kind
+    if origin in (Union, UnionType):
+        return any(_may_be(value, each) for each in get_args(kind))
+    if origin is Literal:
+        return value in get_args(kind)
+    if kind is NoneType:
+        return bool(value == "None")
+    if isinstance(value, bool) or kind is bool:
+        return isinstance(value, bool) and kind is bool
+    if origin is tuple:
+        return not isinstance(value, dict)
+    if origin is dict:
+        try:
+            return isinstance(json.loads(value) if isinstance(value, str) else value, dict)
+        except ValueError:
+            return False
+    if kind in (int, float):
+        try:
+            kind(value if isinstance(value, str) else str(value))
+        except ValueError:
+            return False
+    return not isinstance(value, list | dict)
+
+
+def _wanted(kind: Any) -> str:
+    """What a setting of this type must be, for people."""
+    from types import NoneType, UnionType
+    from typing import Literal, Union, get_args, get_origin
+
+    origin = get_origin(kind) or kind
+    if origin in (Union, UnionType):
+        return " or ".join(_wanted(each) for each in get_args(kind) if each is not NoneType)
+    if origin is Literal:
+        return " or ".join(get_args(kind))
+    names = {bool: "true or false", int: "a whole number", float: "a number", Path: "a path"}
+    return {**names, tuple: "a list of strings", dict: "a table"}.get(origin, "a string")

@@ -353,16 +353,51 @@ def test_a_wrong_toml_is_told(toml: Any, text: str, message: str) -> None:
     assert message in str(caught.value)
 
 
-@pytest.mark.parametrize("text", ["seed = true", "verbose = 'yes'", "seed = [1, 2]", "stop = 'a'"])
-def test_toml_of_the_wrong_type_never_passes_for_another(
-    toml: Any, text: str, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("seed = true", "seed is true; it must be a whole number."),
+        ("seed = [1, 2]", "seed is [1, 2]; it must be a whole number."),
+        ("seed = 1.5", "seed is 1.5; it must be a whole number."),
+        ("num_workers = 'many'", 'num_workers is "many"; it must be a whole number or auto.'),
+        ("temperature = 'hot'", 'temperature is "hot"; it must be a number.'),
+        ("top-p = {a = 1}", 'top-p is {"a": 1}; it must be a number.'),
+        ("verbose = 'yes'", 'verbose is "yes"; it must be true or false.'),
+        ("overwrite = 1", "overwrite is 1; it must be true or false."),
+        ("device = 'gpu'", 'device is "gpu"; it must be auto or cpu.'),
+        ("model_path = ['a', 'b']", 'model_path is ["a", "b"]; it must be a string.'),
+        ("prompt_template = false", "prompt_template is false; it must be a path."),
+        ("stop = {a = 1}", 'stop is {"a": 1}; it must be a list of strings.'),
+        ("extra_body = 'x'", 'extra_body is "x"; it must be a table.'),
+        ("extra_body = '[]'", 'extra_body is "[]"; it must be a table.'),
+    ],
+)
+def test_toml_of_the_wrong_type_is_told_as_it_stands_there(
+    toml: Any, text: str, message: str
 ) -> None:
-    if text == "stop = 'a'":
-        assert parsed(*toml(text)).stop == ("a",)
-        return
-    with pytest.raises(SystemExit) as stop:
+    with pytest.raises(ConfigError, match=r"run\.toml") as caught:
         parsed(*toml(text))
-    assert stop.value.code == 2
+    assert str(caught.value).endswith(f"run.toml: {message}")
+
+
+def test_toml_of_another_type_that_says_the_same_is_taken(toml: Any) -> None:
+    found = parsed(
+        *toml(
+            """
+            stop = 'a'
+            seed = '7'
+            num_workers = 'auto'
+            temperature = '0.5'
+            max_model_len = 'None'
+            inference_type = 'openai'
+            api_model_name = 70
+            extra_body = '{"a": 1}'
+            """
+        )
+    )
+    assert (found.stop, found.seed, found.num_workers) == (("a",), 7, "auto")
+    assert (found.temperature, found.max_model_len, found.api_model_name) == (0.5, None, "70")
+    assert found.extra_body == {"a": 1}
 
 
 def test_toml_that_is_not_there_or_unreadable(tmp_path: Path) -> None:

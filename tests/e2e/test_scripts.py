@@ -289,6 +289,17 @@ def test_entry_point_without_dependencies() -> None:
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize("name", ["multi_worker_inference.py", "complete_pipeline.py"])
+def test_entry_point_through_a_link_finds_its_package(tmp_path: Path, name: str) -> None:
+    """Links to the whole folder's files, as a tool that deploys by links makes them."""
+    for file in SCRIPTS.glob("*.py"):
+        (tmp_path / file.name).symlink_to(file)
+    done = run_python("-S", str(tmp_path / name), "--output_file", "o")  # -S: no site-packages
+    assert done.returncode == 2
+    assert f'-m pip install -e "{ROOT}"' in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_entry_point_runs_this_tree() -> None:
     code = (
         f"import sys; sys.path.insert(0, {str(SCRIPTS)!r})\n"

@@ -13,7 +13,7 @@ to syntax that every Python reads, so that an old one gets a sentence instead of
 import os
 import sys
 
-HERE = os.path.dirname(os.path.abspath(__file__))
+HERE = os.path.dirname(os.path.realpath(__file__))
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(HERE)))
 
 TOO_OLD = """\

@@ -252,6 +252,13 @@ def test_a_stream_may_be_closed_at_any_time(stream: Any, after: int) -> None:
             console(event)
 
 
+def test_a_process_may_have_no_stderr(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stderr", None)
+    with Console(verbose=True) as console:
+        for event in every_event():
+            console(event)
+
+
 def test_the_live_view_is_closed_when_a_run_fails() -> None:
     out = Terminal()
 

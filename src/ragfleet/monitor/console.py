@@ -6,6 +6,7 @@ stripped of control characters, and a terminal that is gone never stops a run.
 
 from __future__ import annotations
 
+import io
 import sys
 import time
 from collections.abc import Mapping
@@ -26,7 +27,8 @@ class Console:
 
     def __init__(self, stream: TextIO | None = None, verbose: bool = False) -> None:
         """`verbose` shows the notes of every worker and when each step began."""
-        self._stream = stream or sys.stderr
+        # A process without a terminal may have no stderr at all; what goes there is lost.
+        self._stream = stream or sys.stderr or io.StringIO()
         self._is_terminal = self._stream.isatty()
         self._live: Live | None = None
         self._started_s = time.monotonic()

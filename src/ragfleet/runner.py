@@ -42,16 +42,8 @@ from ragfleet.events import Event, OnEvent
 from ragfleet.follower import follow
 from ragfleet.gpu_locks import GpuLocks
 from ragfleet.header import header_lines, leftovers_line, resume_line
-from ragfleet.identity import (
-    RunFile,
-    write_run_file,
-)
-from ragfleet.launch import (
-    LaunchPaths,
-    RunPaths,
-    Work,
-    write_launch,
-)
+from ragfleet.identity import RunFile, write_run_file
+from ragfleet.launch import LaunchPaths, RunPaths, Work, write_launch
 from ragfleet.launchers import torchrun
 from ragfleet.launchers.supervisor import Supervisor
 from ragfleet.launchers.torchrun import TorchrunRank
@@ -158,18 +150,18 @@ class _Run:
                 if not self.config.overwrite:
                     finished = find_finished(indexed, paths.output_file)
                     to_do = to_do & ~finished_before(preparation, indexed, finished)
+                    # Before a tokenizer is loaded for a plan.
+                    if summary := self.already_removed(preparation, indexed, finished):
+                        return summary
                 plan, self.prefill = plan_requests(preparation, indexed, to_do)
             except UsageError:
                 lock.discard_new()
                 raise
             if self.config.overwrite:
                 move_away(preparation.paths, self.private)
-            summary = self.already_removed(preparation, indexed)
-            if summary is None:
-                run_file = self.begin(preparation, indexed)
-                resumed = self.generate(preparation, indexed, plan, lock, run_file)
-                summary = self.merge(preparation.paths, run_file, indexed, resumed)
-        return summary
+            run_file = self.begin(preparation, indexed)
+            resumed = self.generate(preparation, indexed, plan, lock, run_file)
+            return self.merge(preparation.paths, run_file, indexed, resumed)
 
     # ---- before anything is spent
 
@@ -183,14 +175,16 @@ class _Run:
             ),
         )
 
-    def already_removed(self, preparation: Preparation, indexed: Indexed) -> RunSummary | None:
+    def already_removed(
+        self, preparation: Preparation, indexed: Indexed, finished: Finished
+    ) -> RunSummary | None:
         """The stored summary of a merged run whose shards were removed, else None."""
         merged = merged_without_shards(preparation, indexed, self.config.retry_failed)
         if merged is None:
             return None
         output = preparation.paths.output_file
         if self.config.remove_shards:  # a start that was killed meanwhile has left some
-            remove_shards(find_finished(indexed, output))
+            remove_shards(finished)
         self.say(Event("note", f"Nothing to do: {output} is complete."))
         self.release_followers(preparation.paths.launch(self.launch_id))
         statistics = msgspec.convert(merged["statistics"], MergeStatistics, str_keys=True)

@@ -319,6 +319,26 @@ def test_a_merge_reads_what_a_start_that_just_ends_leaves(
     assert (tmp_path / "out.jsonl").read_bytes() == before
 
 
+def test_nothing_to_do_is_said_without_a_plan(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Planning counts tokens, for which it loads the model's tokenizer."""
+    from ragfleet import RunConfig, run
+
+    write(tmp_path / "in.jsonl", plain(10))
+    infer(tmp_path, *ECHO, "--remove_shards")
+    monkeypatch.setattr("ragfleet.runner.plan_requests", None)
+    config = RunConfig(
+        contexts_file=tmp_path / "in.jsonl",
+        output_file=tmp_path / "out.jsonl",
+        engine="echo",
+        temperature=0,
+    )
+    summary = run(config)
+    assert summary is not None
+    assert summary.resumed == 10
+
+
 def test_shards_that_hold_more_than_the_output_are_not_removed(tmp_path: Path) -> None:
     write(tmp_path / "in.jsonl", plain(20))
     infer(tmp_path, *ECHO, "--num_workers", "2")

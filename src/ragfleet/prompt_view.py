@@ -37,6 +37,8 @@ def rendered_prompt(config: RunConfig, identifier: str) -> tuple[str, str]:
     """
     preparation = prepare(config, os.environ, None, needs_seats=False)
     line, line_no = _find_line(config.contexts_file, identifier)
+    if line.isspace():
+        raise InputError(f"{identifier} is a blank line, which is no record and has no prompt.")
     head = parse_head(line)
     if not isinstance(head, Head):
         raise InputError(f"{identifier} (line {line_no}) is not sent: {head.reason}.")

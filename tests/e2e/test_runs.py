@@ -430,6 +430,12 @@ def test_paths_that_no_run_can_have(tmp_path: Path) -> None:
     done = ragfleet(tmp_path, "failures", "out.run")
     assert done.returncode == 2
     assert "is a folder; name the results file" in done.stderr
+    (tmp_path / "gaps.jsonl").write_text('\n{"query": "q", "context": "c"}\n \r\n')
+    for number in (1, 3):
+        identifier = f"line:{number}"
+        done = ragfleet(tmp_path, "show", identifier, "--contexts_file", "gaps.jsonl", *ECHO)
+        assert done.returncode == 2
+        assert f"{identifier} is a blank line, which is no record" in done.stderr
     done = ragfleet(tmp_path, "show", "\udced\udca0", "--contexts_file", "in.jsonl", *ECHO)
     assert done.returncode == 2
     assert "Traceback" not in done.stderr

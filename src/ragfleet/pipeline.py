@@ -6,6 +6,7 @@ same request key, so only what a change touched is answered again.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,8 +29,10 @@ from ragfleet.corpus.manifest import manifest_path
 from ragfleet.earlier_files import check_output
 from ragfleet.errors import ConfigError, InputError, OutputError
 from ragfleet.events import OnEvent
+from ragfleet.launch import RunPaths
 from ragfleet.launchers import torchrun
 from ragfleet.preparation import Preparation, prepare
+from ragfleet.run_lock import check_free
 from ragfleet.runner import run
 from ragfleet.shards import choose, list_shards, scan_shards
 from ragfleet.summary import RunSummary
@@ -124,6 +127,7 @@ def run_pipeline(
     # A wrong model path or output is said now: not after an hour of contexts, and not when those of
     # a finished run are replaced already.
     _check_files(options, config)
+    check_free(RunPaths(config.output_file.absolute()))
     preparation = prepare(config, os.environ)
     _check_earlier_answers(preparation)
     max_tokens, note = _most_tokens(options, preparation)
@@ -149,11 +153,12 @@ def run_pipeline(
     say("Stage 2 of 3, contexts")
     if note is not None:
         say(f"  {note}")
-    contexts = generate_contexts(contexts_options, lambda text: say(f"  {text}"))
-    for line in contexts.lines():
-        say(f"  {line}")
-    say("Stage 3 of 3, answers")
-    summary = run(config, on_event)
+    with contextlib.ExitStack() as answered:  # other contexts would stop who reads these
+        contexts = generate_contexts(contexts_options, lambda text: say(f"  {text}"), answered)
+        for line in contexts.lines():
+            say(f"  {line}")
+        say("Stage 3 of 3, answers")
+        summary = run(config, on_event)
     return None if summary is None else PipelineSummary(contexts, summary)
 
 

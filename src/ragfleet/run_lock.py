@@ -54,7 +54,7 @@ class RunLock:
                 self._open()
             except BlockingIOError:
                 if time.monotonic() > deadline_s:
-                    raise OutputError(self._held_message()) from None
+                    raise OutputError(_held_message(self._paths, *_read(self.fd))) from None
                 self._end_leftovers()
                 time.sleep(0.1)
             except OSError:
@@ -90,31 +90,10 @@ class RunLock:
         except FileNotFoundError:
             return False
 
-    def _read(self) -> tuple[str, Starter | None]:
-        """(who holds it, for people; the same for us) as the file says."""
-        first, _, second = os.pread(self.fd, 4000, 0).decode("utf-8", "replace").partition("\n")
-        try:
-            return first.strip(), msgspec.json.decode(second, type=Starter)
-        except msgspec.DecodeError:  # an earlier version's, or just being written
-            return first.strip(), None
-
     def _end_leftovers(self) -> None:
-        starter = self._read()[1]
+        starter = _read(self.fd)[1]
         if starter is not None and starter.launch_id and starter.is_dead():
             self.ended += end_tagged(tag(starter.launch_id))
-
-    def _held_message(self) -> str:
-        holder, starter = self._read()
-        output = self._paths.output_file
-        if starter is not None and starter.is_dead():
-            return (
-                f"{output} is locked by a process that {holder} left behind when it died. Find it"
-                f" with: fuser {self._paths.lock}"
-            )
-        return (
-            f"{output} is being written by {holder or 'another process'}. Wait for it, or stop it;"
-            f" to look at it: ragfleet status --output_file {output}"
-        )
 
     def discard_new(self) -> None:
         """Take back the folders made for a run that was refused before it began."""
@@ -126,6 +105,24 @@ class RunLock:
 
     def __exit__(self, *exception: object) -> None:
         os.close(self.fd)
+
+
+def check_free(paths: RunPaths) -> None:
+    """Raises OutputError where a start that lives has this output: for whoever has much to do
+    before its own `RunLock`, which alone keeps starts apart.
+    """
+    try:
+        if holder_of(paths) is None:
+            return
+        fd = os.open(paths.lock, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return  # no locks on this file system, or its holder took it back
+    try:
+        holder, starter = _read(fd)
+    finally:
+        os.close(fd)
+    if starter is None or not starter.is_dead():  # what a dead one left behind is ended later
+        raise OutputError(_held_message(paths, holder, starter))
 
 
 def holder_of(paths: RunPaths) -> str | None:
@@ -145,6 +142,28 @@ def holder_of(paths: RunPaths) -> str | None:
     finally:
         os.close(fd)
     return None
+
+
+def _read(fd: int) -> tuple[str, Starter | None]:
+    """(who holds it, for people; the same for us) as the lock's file says."""
+    first, _, second = os.pread(fd, 4000, 0).decode("utf-8", "replace").partition("\n")
+    try:
+        return first.strip(), msgspec.json.decode(second, type=Starter)
+    except msgspec.DecodeError:  # an earlier version's, or just being written
+        return first.strip(), None
+
+
+def _held_message(paths: RunPaths, holder: str, starter: Starter | None) -> str:
+    output = paths.output_file
+    if starter is not None and starter.is_dead():
+        return (
+            f"{output} is locked by a process that {holder} left behind when it died. Find it"
+            f" with: fuser {paths.lock}"
+        )
+    return (
+        f"{output} is being written by {holder or 'another process'}. Wait for it, or stop it;"
+        f" to look at it: ragfleet status --output_file {output}"
+    )
 
 
 def _user() -> str:

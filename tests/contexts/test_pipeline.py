@@ -21,9 +21,11 @@ from ragfleet.cli import main
 from ragfleet.context_room import context_room
 from ragfleet.engines.protocol import Failure, PromptSettings, Request, SamplingParams
 from ragfleet.identity import now
+from ragfleet.launch import RunPaths
 from ragfleet.pipeline import PipelineOptions, missing_corpora
 from ragfleet.preparation import pocket_folder, prepare
 from ragfleet.prompts import DEFAULT_SYSTEM_PROMPT
+from ragfleet.run_lock import RunLock
 from ragfleet.tokens import load_tokenizer, prepare_prompt
 
 SCRIPT = ROOT / "utils" / "RAGutils" / "queryResultByInfer" / "run_complete_pipeline.sh"
@@ -174,6 +176,37 @@ def test_a_refused_run_changes_nothing(demo: Path, capsys: pytest.CaptureFixture
         assert reason in err
         assert "Stage 1" not in err
         assert files(demo) == before
+
+
+def test_contexts_stay_as_they_are_while_they_are_answered(
+    demo: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    queries, corpus, output = (demo / name for name in ("queries.jsonl", "corpus", "a.jsonl"))
+    flags = ["--queries_file", str(queries), "--corpus_path", str(corpus)]
+    flags += ["--max_samples=5", "--output_file"]
+    answering = ["pipeline", *flags, str(output), "--engine=echo", "--temperature=0"]
+    assert main(answering) == 0
+    contexts = (demo / "a.contexts.jsonl").read_bytes()
+    capsys.readouterr()
+    with RunLock(RunPaths(output)):
+        assert main([*answering, "--max_documents=1"]) == 2
+    err = capsys.readouterr().err
+    assert f"{output} is being written by pid {os.getpid()}" in err
+    assert "Stage 2" not in err
+    assert (demo / "a.contexts.jsonl").read_bytes() == contexts
+
+    started = []
+
+    def run(*arguments: Any) -> None:
+        """Another start of the second stage while this one answers what came of it."""
+        others = ["contexts", *flags, str(demo / "a.contexts.jsonl"), "--max_documents=1"]
+        started.append(main(others))
+
+    monkeypatch.setattr(pipeline, "run", run)
+    assert main(answering) == 0
+    assert started == [2]
+    assert "is making or answering these contexts" in capsys.readouterr().err
+    assert (demo / "a.contexts.jsonl").read_bytes() == contexts
 
 
 def test_contexts_fit_the_model(

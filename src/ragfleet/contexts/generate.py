@@ -57,8 +57,16 @@ class Done:
     notes: list[str]
 
 
-def generate_contexts(options: ContextsOptions, say: OnText | None = None) -> ContextsSummary:
-    """Raises a UsageError before anything is spent; StorageError or WorkersFailed later on."""
+def generate_contexts(
+    options: ContextsOptions,
+    say: OnText | None = None,
+    until: contextlib.ExitStack | None = None,
+) -> ContextsSummary:
+    """Raises a UsageError before anything is spent; StorageError or WorkersFailed later on.
+
+    Args:
+        until: nobody else makes these contexts until this ends (without it: until they are made).
+    """
     say = say or (lambda text: None)
     started_s = time.monotonic()
     check_packages()
@@ -70,7 +78,8 @@ def generate_contexts(options: ContextsOptions, say: OnText | None = None) -> Co
     folder = options.log_folder
     check_output(options)
     summary = ContextsSummary(options.output_file)
-    with _locked(folder):
+    with contextlib.ExitStack() as made:
+        (until or made).enter_context(_locked(folder))
         (folder / ACCOUNT_NAME).unlink(missing_ok=True)
         log = RowLog(folder / LOG_NAME)
         try:
@@ -157,7 +166,8 @@ def _locked(folder: Path) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise OutputError(
-                f"Another ragfleet is making these contexts ({folder}); wait for it or stop it."
+                f"Another ragfleet is making or answering these contexts ({folder}); wait for it"
+                " or stop it."
             ) from None
         except OSError:
             pass  # a file system without locks

@@ -184,6 +184,11 @@ def read_lines(fd: int, offsets: NDArray[Any], lengths: NDArray[Any]) -> Iterato
 
 def check_is_file(path: Path) -> None:
     """Raises InputError for what is no regular file, without opening it: a pipe would wait."""
+    if is_stream(path):
+        raise InputError(
+            f"The contexts file {path} is another file to each process, and workers read it too;"
+            " give its own name."
+        )
     try:
         mode = path.stat().st_mode
     except FileNotFoundError:
@@ -198,6 +203,12 @@ def check_is_file(path: Path) -> None:
         raise InputError(
             f"{path} is {kind}, not a regular file; it is read more than once, so save it first."
         )
+
+
+def is_stream(path: Path) -> bool:
+    """Whether a name like /dev/stdin stands for a regular file that this process has open."""
+    folder = Path(os.path.realpath(path.parent))
+    return os.path.isfile(path) and (folder == Path("/dev") or folder.is_relative_to("/proc"))
 
 
 def _checked_size(path: Path) -> int:

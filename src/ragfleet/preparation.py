@@ -23,7 +23,7 @@ from ragfleet.errors import ConfigError, DeviceError, ModelError, OutputError
 from ragfleet.gpu_locks import GpuLocks
 from ragfleet.gpus import discover_gpus, visible_gpus
 from ragfleet.identity import Identity, RunFile, model_parts, now, read_run_file
-from ragfleet.index import check_is_file
+from ragfleet.index import check_is_file, is_stream
 from ragfleet.launch import RunPaths
 from ragfleet.launchers.torchrun import TorchrunRank
 from ragfleet.model_files import chat_template, check_tokenizer, check_weights, read_json
@@ -292,7 +292,7 @@ def check_paths(config: RunConfig) -> None:
             raise OutputError(f"--output_file {output} is a folder; name a file in it.")
     except OSError as error:  # a name that no file can have
         raise OutputError(f"Can't write to {output}: {error.strerror}.") from None
-    if output.exists() and not output.is_file():
+    if (output.exists() and not output.is_file()) or is_stream(output):
         raise OutputError(f"--output_file {output} is no ordinary file; name another one.")
     if len(os.fsencode(output.name)) > MOST_NAME_BYTES:
         raise OutputError(

@@ -346,6 +346,10 @@ REFUSED = {
     "the output is a device": Refused(
         r"/dev/null is no ordinary file", (*ECHO, "--output_file", "/dev/null")
     ),
+    "the output is a stream": Refused(
+        r"/proc/self/exe is no ordinary file",
+        (*ECHO, "--output_file", "/proc/self/exe", "--overwrite"),
+    ),
     "the output's name leaves no room": Refused(
         r"has 246 bytes; with more than 225", (*ECHO, "--output_file", f"{'中' * 80}.jsonl")
     ),

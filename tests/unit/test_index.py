@@ -262,6 +262,15 @@ def test_what_is_no_file_is_refused_unopened(tmp_path: Path) -> None:
     assert "/dev/zero is a device, not a regular file" in complaint(Path("/dev/zero"))
 
 
+def test_a_name_that_each_process_has_for_a_file_of_its_own_is_refused(tmp_path: Path) -> None:
+    """`--contexts_file /dev/stdin < c.jsonl`: a worker's stdin is nothing."""
+    (tmp_path / "c.jsonl").write_bytes(GOOD)
+    with (tmp_path / "c.jsonl").open("rb") as file:
+        for folder in ("/dev/fd", "/proc/self/fd"):
+            name = Path(folder, str(file.fileno()))
+            assert f"The contexts file {name} is another file to each process" in complaint(name)
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
 def test_a_file_that_may_not_be_read(tmp_path: Path) -> None:
     path = tmp_path / "c.jsonl"

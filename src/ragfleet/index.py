@@ -221,6 +221,17 @@ def _checked_size(path: Path) -> int:
         raise InputError(f"Can't read the contexts file {path}: {error.strerror}.") from None
     if not start:
         raise InputError(f"The contexts file {path} is empty.")
+    check_is_text(path, start)
+    if _is_array(start.removeprefix(UTF8_BOM)):
+        raise InputError(
+            f"{path} is a JSON array, not JSONL with one object a line; convert it:"
+            f" jq -c '.[]' {_quoted(path)} > {_quoted(path.with_suffix('.lines.jsonl'))}"
+        )
+    return size
+
+
+def check_is_text(path: Path, start: bytes) -> None:
+    """Raises InputError for a file whose first bytes say that it is UTF-16 or compressed."""
     if start[:2] in (b"\xff\xfe", b"\xfe\xff"):
         raise InputError(_convert(path, "UTF-16"))
     if start[:2] == b"\x1f\x8b":
@@ -229,12 +240,6 @@ def _checked_size(path: Path) -> int:
             f"{path} is gzip-compressed; unpack it first:"
             f" gunzip -c {_quoted(path)} > {_quoted(target)}"
         )
-    if _is_array(start.removeprefix(UTF8_BOM)):
-        raise InputError(
-            f"{path} is a JSON array, not JSONL with one object a line; convert it:"
-            f" jq -c '.[]' {_quoted(path)} > {_quoted(path.with_suffix('.lines.jsonl'))}"
-        )
-    return size
 
 
 def _is_array(start: bytes) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import importlib.util
 import json
 import os
@@ -76,7 +77,8 @@ def test_forms_of_queries_files(tmp_path: Path, data: bytes, count: int) -> None
     [
         ('{"query": "怎样排序"}\n'.encode("gbk"), "iconv -f GB18030"),
         ('[{"query": "怎样排序"}]'.encode("gbk"), "iconv -f GB18030"),
-        ('{"query": "q"}'.encode("utf-16"), "UTF-16"),
+        ('{"query": "q"}'.encode("utf-16"), "iconv -f UTF-16 -t UTF-8 .*q.json > "),
+        (gzip.compress(b'{"query": "q"}\n', mtime=0), "is gzip-compressed; unpack it first"),
         (b'{"text": "q"}\n{"text": "r"}\n', "none of its queries can be used; `query` is missing"),
         (b"{broken\n", "not valid JSON"),
         (b'[{"query": "q"},', "not valid JSON"),
@@ -92,6 +94,13 @@ def test_queries_files_that_are_no_good(tmp_path: Path, data: bytes, reason: str
     path.write_bytes(data)
     with pytest.raises(InputError, match=reason):
         check_queries(path)
+
+
+@pytest.mark.timeout(20)
+def test_a_pipe_is_refused_unopened(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "q.json")  # opening it would wait for whoever writes
+    with pytest.raises(InputError, match="not a regular file"):
+        check_queries(tmp_path / "q.json")
 
 
 def test_an_item_without_queries_is_a_failure(tmp_path: Path, corpus: Path) -> None:

@@ -10,6 +10,7 @@ It knows nothing of corpora. What can't be read becomes a query with `error`, in
 from __future__ import annotations
 
 import itertools
+import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -20,7 +21,7 @@ import msgspec
 import xxhash
 
 from ragfleet.errors import InputError
-from ragfleet.index import UTF8_BOM, encoding_message
+from ragfleet.index import UTF8_BOM, check_is_text, encoding_message
 
 _DEPENDENCY: Final = re.compile(r"\s*([A-Za-z0-9][A-Za-z0-9._-]*)\s*(.*)")
 _KNOWN: Final = frozenset(
@@ -93,6 +94,8 @@ def check_queries(path: Path, start_index: int = 0) -> None:
 
 def _items(path: Path) -> Iterator[tuple[int, Any]]:
     """(position, item or why it is none, as _Broken)."""
+    if os.path.exists(path) and not (path.is_file() or path.is_dir()):  # opened, a pipe would wait
+        raise InputError(f"{path} is not a regular file; it is read more than once: save it first.")
     try:
         with open(path, "rb") as file:
             start = file.read(4096).removeprefix(UTF8_BOM).lstrip()
@@ -100,12 +103,9 @@ def _items(path: Path) -> Iterator[tuple[int, Any]]:
         raise InputError(f"There is no queries file {path}.") from None
     except OSError as error:
         raise InputError(f"Can't read the queries file {path}: {error.strerror}.") from None
-    if not path.is_file():
-        raise InputError(f"{path} is not a regular file; it is read more than once: save it first.")
     if not start:
         raise InputError(f"The queries file {path} is empty.")
-    if start[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        raise InputError(f"{path} is UTF-16; convert it to UTF-8: iconv -f UTF-16 -t UTF-8.")
+    check_is_text(path, start)
     if start[:1] == b"[" or (start[:1] == b"{" and _is_one_object(path)):
         yield from _whole(path)
         return

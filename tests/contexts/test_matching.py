@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -176,6 +177,17 @@ def test_versions(tmp_path: Path) -> None:
     assert store.resolve("my-pkg", ["1.3"], True) == "1.2.0"
     with pytest.raises(NoCorpus, match=r"my-pkg 1\.9\.1; there are 1\.2\.0, 1\.10\.0, 2\.0"):
         store.resolve("my-pkg", ["1.9.1"], False)
+    folder = shlex.quote(str(store.folder))
+    for package, wanted, requirement in [
+        ("my-pkg", ("1.9.1",), "my-pkg==1.9.1"),
+        ("my-pkg", (">=9",), "my-pkg==VERSION"),
+        ("other", ("1.0",), "other==1.0"),
+        ("other", (), "other==VERSION"),
+    ]:
+        with pytest.raises(NoCorpus) as caught:
+            store.resolve(package, wanted, False)
+        made = f"ragfleet corpus build {requirement} --corpus_path {folder}"
+        assert made in str(caught.value), "what it says makes what was missing"
     with pytest.raises(NoCorpus, match="no corpus of other"):
         store.resolve("other", ["1.0"], True)
     with pytest.raises(NoCorpus, match="unnamed version"):

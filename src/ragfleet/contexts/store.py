@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -112,8 +113,8 @@ class CorpusStore:
         if not there:
             raise NoCorpus(
                 f"there is no corpus of {package} in {self.folder} (there are:"
-                f" {', '.join(self.packages[:20])}); make it: ragfleet corpus build"
-                f" {package}=={wanted[0] if wanted else 'VERSION'} --corpus_path {self.folder}"
+                f" {', '.join(self.packages[:20])}); make it:"
+                f" {self._build_command(package, wanted)}"
             )
         for version in wanted:
             found = _same_version(version, there)
@@ -126,9 +127,17 @@ class CorpusStore:
         asked = " or ".join(wanted) if wanted else "an unnamed version"
         raise NoCorpus(
             f"there is no corpus of {package} {asked}; there are {', '.join(there)}. Make it:"
-            f" ragfleet corpus build {package}=={wanted[0] if wanted else 'VERSION'}; or take the"
-            " nearest one: --nearest_version"
+            f" {self._build_command(package, wanted)}; or take the nearest one: --nearest_version"
         )
+
+    def _build_command(self, package: str, wanted: Sequence[str]) -> str:
+        """What makes a corpus that this store would find."""
+        is_one = bool(wanted) and _parsed(wanted[0]) is not None  # or a range, or none
+        requirement = f"{package}=={wanted[0] if is_one else 'VERSION'}"
+        words = ["ragfleet", "corpus", "build", requirement, "--corpus_path", str(self.folder)]
+        if self.corpus_type != "docstring":
+            words += ["--corpus_type", self.corpus_type]
+        return shlex.join(words)
 
     def has(self, package: str, wanted: Sequence[str]) -> bool:
         """Whether one of exactly these versions is there."""

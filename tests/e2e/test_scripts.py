@@ -313,6 +313,15 @@ def test_entry_point_runs_this_tree() -> None:
     assert Path(done.stdout.strip()).is_relative_to(ROOT / "src")
 
 
+@pytest.mark.parametrize(
+    "flags", [["--skip-inference"], pytest.param([], marks=pytest.mark.slow)], ids=str
+)
+def test_the_documented_check_passes(flags: list[str]) -> None:
+    done = run_python(str(SCRIPTS / "test_multi_worker_inference.py"), *flags)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.endswith("All as expected.\n")
+
+
 def test_print_answers_is_safe_on_a_terminal(tmp_path: Path) -> None:
     rows = [
         {"id": "a", "query": "q", "answer": None, "success": False},

@@ -73,7 +73,8 @@ def allocation_cases() -> Iterator[Case]:
     """The documented configurations, and what a shared node brings."""
     from ragfleet.allocation import allocate, tensor_parallel_size, worker_environment
     from ragfleet.errors import DeviceError
-    from ragfleet.gpus import fake_inventory, visible_gpus
+    from ragfleet.gpus import visible_gpus
+    from ragfleet.inventory import fake_inventory
 
     def give(num_gpus: int, workers: int, **options: Any) -> Allocation:
         machine = fake_inventory(

@@ -12,7 +12,7 @@ from making import write_sdist
 
 from ragfleet.corpus.build import BuildOptions, build_one
 from ragfleet.corpus.document import Document, read_documents
-from ragfleet.corpus.download import parse_requirement
+from ragfleet.corpus.download import Requirement, parse_requirement
 
 SOURCE = '''
 """A package that makes its functions when it is imported."""
@@ -98,6 +98,49 @@ def test_what_an_import_shows_is_merged(tmp_path: Path, monkeypatch: pytest.Monk
     assert built.manifest.extractor == "dynamic"
     assert any(note.startswith("dynamic: ") for note in built.manifest.notes)
     assert [path.name for path in (tmp_path / "cache").iterdir()] == ["archives"]
+
+
+def this_interpreter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: dict[str, str]
+) -> BuildOptions:
+    """`files` beside an interpreter instead of a venv, which takes seconds; paths are relative."""
+
+    def environment(requirement: Requirement, python: str, folder: Path) -> Path:
+        for name, text in files.items():
+            (folder / name).write_text(text)
+        script = f'#!/bin/sh\nPYTHONPATH={folder} exec {python} "$2" "$3"\n'
+        (folder / "python").write_text(script)
+        (folder / "python").chmod(0o755)
+        return folder / "python"
+
+    monkeypatch.setattr("ragfleet.corpus.dynamic._environment", environment)
+    monkeypatch.chdir(tmp_path)
+    options(Path())
+    return BuildOptions(corpus_path=Path("corpus"), cache_path=Path("cache"), extractor="dynamic")
+
+
+@pytest.mark.skipif(not CAN_UNSHARE, reason="unshare -rn is not allowed here")
+def test_a_cache_below_the_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = this_interpreter(tmp_path, monkeypatch, {"pkg.py": SOURCE})
+    built = build_one(parse_requirement("pkg==1.0"), given)
+    assert built.error is None
+    assert built.manifest is not None
+    note = built.manifest.notes[0]
+    assert note.startswith("dynamic: 1 documents added, 1 filled"), "grown, and what seen says"
+
+
+@pytest.mark.skipif(not CAN_UNSHARE, reason="unshare -rn is not allowed here")
+def test_a_package_that_can_not_be_imported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = this_interpreter(tmp_path, monkeypatch, {"pkg.py": "import nowhere_to_be_found\n"})
+    built = build_one(parse_requirement("pkg==1.0"), given)
+    assert built.error is not None
+    assert "pkg (ModuleNotFoundError: No module named 'nowhere_to_be_found')" in built.error
+    assert "--python" in built.error
+    assert not built.path.exists()
 
 
 @pytest.mark.skipif(not CAN_UNSHARE, reason="unshare -rn is not allowed here")

@@ -52,9 +52,16 @@ def merge_dynamic(
             " network (unshare -rn fails); use --extractor static."
         )
     python = options.python or sys.executable
-    with tempfile.TemporaryDirectory(prefix="dynamic-", dir=options.cache_path) as folder:
+    # Absolute, for the import's working directory is another one.
+    cache = options.cache_path.absolute()
+    with tempfile.TemporaryDirectory(prefix="dynamic-", dir=cache) as folder:
         interpreter = _environment(requirement, python, Path(folder))
-        rows = [row for root in roots for row in _import(interpreter, root, Path(folder))]
+        rows, failures = _import_all(interpreter, roots, Path(folder))
+    if failures and not rows:
+        raise DownloadError(
+            f"{requirement} can't be imported by {python}: {'; '.join(failures)}. Name an"
+            " interpreter it was made for: --python; or use --extractor static."
+        )
     known = {name: document for document in documents for name in _names(document)}
     said = {(document.name, " ".join(document.doc.split())) for document in documents}
     added: dict[str, Document] = {}
@@ -71,7 +78,8 @@ def merge_dynamic(
             document.complete(requirement.name, requirement.version)
             filled += 1
     merged = sorted([*documents, *added.values()], key=lambda document: document.path)
-    return merged, f"dynamic: {len(added):,} documents added, {filled:,} filled ({python})"
+    note = f"dynamic: {len(added):,} documents added, {filled:,} filled ({python})"
+    return merged, "; not imported: ".join([note, *failures])
 
 
 def _names(document: Document) -> list[str]:
@@ -114,16 +122,30 @@ def _environment(requirement: Requirement, python: str, folder: Path) -> Path:
     return folder / "venv/bin/python"
 
 
-def _import(interpreter: Path, root: str, folder: Path) -> list[_Row]:
+def _import_all(
+    interpreter: Path, roots: Sequence[str], folder: Path
+) -> tuple[list[_Row], list[str]]:
+    """What the imports show, and the last words of those that failed."""
+    rows: list[_Row] = []
+    failures: list[str] = []
+    for root in roots:
+        found, last_words = _import(interpreter, root, folder)
+        rows += found
+        if last_words is not None:
+            failures.append(f"{root} ({last_words})")
+    return rows, failures
+
+
+def _import(interpreter: Path, root: str, folder: Path) -> tuple[list[_Row], str | None]:
     """Run the script without network, without our environment's variables."""
-    out = folder / f"{root}.jsonl"
+    out, log = folder / f"{root}.jsonl", folder / f"{root}.log"
     environment = {"PATH": "/usr/bin:/bin", "HOME": str(folder), "MPLBACKEND": "Agg", "LANG": "C"}
-    with open(out, "wb") as file:
+    with open(out, "wb") as file, open(log, "wb") as errors:
         try:
-            subprocess.run(
+            done = subprocess.run(
                 ["unshare", "-rn", str(interpreter), "-I", str(_SCRIPT), root],
                 stdout=file,
-                stderr=subprocess.DEVNULL,
+                stderr=errors,
                 stdin=subprocess.DEVNULL,
                 cwd=folder,
                 env=environment,
@@ -141,4 +163,10 @@ def _import(interpreter: Path, root: str, folder: Path) -> list[_Row]:
             rows.append(msgspec.json.decode(line, type=_Row))
         except msgspec.DecodeError:
             continue  # what the package itself prints when imported
-    return rows
+    if rows or not done.returncode:
+        return rows, None
+    with open(log, "rb") as file:
+        file.seek(max(0, os.path.getsize(log) - 4000))
+        lines = file.read().decode("utf-8", "replace").split("\n")
+    said = [line.strip() for line in lines if line.strip()]
+    return rows, said[-1][-300:] if said else f"exit code {done.returncode}"

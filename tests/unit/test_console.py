@@ -217,6 +217,7 @@ def test_failures_and_notes_say_where() -> None:
     out = io.StringIO()
     console = Console(out)
     console(Event("failure", "no room.", 1, {"error_type": "oom", "id": "r9", "line_no": 4}))
+    console(Event("failure", "no room.", 0, {"error_type": "oom", "id": "r2", "line_no": 2}))
     console(Event("ready", "small", 0, {"notes": ["sampling is ours"]}))
     console(Event("ready", "small", 1, {"notes": ["sampling is ours"]}))
     console(Event("summary"))

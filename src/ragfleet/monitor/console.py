@@ -35,6 +35,7 @@ class Console:
         self._next_line_s = 10.0
         self._history: list[tuple[float, int]] = []
         self._first_shown = False
+        self._failures_shown: set[str] = set()
         self._verbose = verbose
 
     def __enter__(self) -> Console:
@@ -53,6 +54,9 @@ class Console:
         elif event.kind == "failure":
             where = one_line(str(event.data.get("id") or f"line {event.data.get('line_no')}"))
             kind = one_line(str(event.data.get("error_type")))
+            if kind in self._failures_shown:
+                return  # every worker tells its own first one
+            self._failures_shown.add(kind)
             self.line(
                 f"First failure of kind {kind}: {where}:"
                 f" {indented(event.message).removesuffix('.')}. More of this"

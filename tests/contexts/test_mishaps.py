@@ -22,7 +22,7 @@ from ragfleet.contexts.dense import Vectors
 from ragfleet.contexts.generate import generate_contexts
 from ragfleet.contexts.options import ContextsOptions
 from ragfleet.contexts.queries import check_queries, read_queries
-from ragfleet.corpus import build
+from ragfleet.corpus import build, download
 from ragfleet.corpus.archives import extract
 from ragfleet.corpus.build import BuildOptions, build_all, build_one
 from ragfleet.corpus.download import DownloadError, Requirement, parse_requirement
@@ -328,3 +328,15 @@ def test_members_in_each_others_way(tmp_path: Path) -> None:
 def test_an_index_password_is_not_shown() -> None:
     error = DownloadError("could not ask https://me:secret@index.example/simple/x")
     assert str(error) == "could not ask https://***@index.example/simple/x"
+
+
+def test_an_index_that_does_not_answer_is_told_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(requirement: Requirement, folder: Path) -> None:
+        raise DownloadError("the index is down")
+
+    monkeypatch.setattr(download, "_fetch_wheel", refused)
+    monkeypatch.setattr(download, "_fetch_sdist", refused)
+    with pytest.raises(DownloadError, match=r"^the index is down$"):
+        download.fetch_archives(parse_requirement("pkg==1.0"), tmp_path)

@@ -273,7 +273,7 @@ def _pip_setting(name: str) -> str | None:
 
 def _nothing_message(requirement: Requirement, problems: list[str]) -> str:
     if problems:
-        return f"{requirement}: {' '.join(problems)}"
+        return " ".join(dict.fromkeys(problems))  # wheel and sdist often fail for the same reason
     try:
         versions = available_versions(requirement.name)
     except DownloadError as error:

@@ -394,6 +394,57 @@ def test_budget(tmp_path: Path, max_tokens: int) -> None:
         assert "References" not in context.text
 
 
+@pytest.mark.parametrize(
+    "doc",
+    [
+        "Sorts an array by its keys. " * 400,
+        "按键对数组排序。" * 400,
+        "x" * 9000,
+        "Sorts.\n\n" + "Sorts an array by its keys. " * 400 + "\n\nThe end.",
+    ],
+    ids=["words", "Chinese", "no spaces", "a paragraph"],
+)
+@pytest.mark.parametrize("is_exact", [False, True])
+def test_a_document_of_one_long_line_gives_its_begin(
+    tmp_path: Path, small_model: Path, doc: str, is_exact: bool
+) -> None:
+    """People's own texts have a line a paragraph; numpydoc breaks its lines."""
+    write_corpus(tmp_path / "corpus", "pkg", "1.0", [{"path": "pkg.f", "doc": doc}])
+    store = CorpusStore(tmp_path / "corpus", "docstring").load("pkg", "1.0")
+    counter = TokenCounter(str(small_model) if is_exact else None)
+    for is_alone, room in [(True, 1000), (False, 800)]:
+        context = Assembler(counter, 4, 1000).assemble([(store, 0, "pkg.f")], is_alone)
+        assert room * 0.9 < counter.count(context.text) <= room
+        head, _, text = context.text.partition("\n")
+        assert head == "### pkg.f (pkg==1.0)"
+        assert text.endswith(" [...]")
+        assert doc.startswith(text.removesuffix(" [...]"))
+        assert "keys" not in doc or text.removesuffix(" [...]").split()[-1] in doc.split()
+        assert context.documents[0]["shortened"] is True
+
+
+def test_only_rows_whose_documents_were_cut_in_another_way_are_made_again(tmp_path: Path) -> None:
+    rows = [{"path": "pkg.long", "doc": "long " * 900}, {"path": "pkg.short", "doc": "short"}]
+    write_corpus(tmp_path / "corpus", "pkg", "1.0", rows)
+    queries = [
+        {"id": name, "query": name, "target_api": f"pkg.{name}", "dependencies": D}
+        for name in ("long", "short")
+    ]
+    made = generate(tmp_path, queries, max_tokens=100)
+    log = tmp_path / "out.contexts" / "rows.jsonl"
+    entries = read_rows(log)
+    for entry in entries:
+        del entry["cut"]  # as earlier versions wrote it
+        entry["row"]["retrieval_time"] = 7.0
+        if entry["row"]["id"] == "long":
+            entry["row"]["context"] = "### pkg.long (pkg==1.0)\n[...]"
+    log.write_text("".join(json.dumps(entry) + "\n" for entry in entries), encoding="utf-8")
+    again = generate(tmp_path, queries, max_tokens=100)
+    assert [row["context"] for row in again] == [row["context"] for row in made]
+    assert again[0]["retrieval_time"] != 7.0
+    assert again[1]["retrieval_time"] == 7.0
+
+
 def test_tokens_are_counted_by_the_model(tmp_path: Path, small_model: Path, corpus: Path) -> None:
     query = [{"id": 1, "query": "sort numbers file tables", "dependencies": D}]
     (row,) = generate(tmp_path, query, model_path=str(small_model), max_tokens=30)

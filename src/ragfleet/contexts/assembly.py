@@ -1,7 +1,8 @@
 """From ranked documents to one context within a token budget.
 
 A document keeps whole sections or loses them in a fixed order; what still doesn't fit is cut at a
-line, and a document that gets no room is skipped: a shorter one after it may fit.
+line, or inside one that alone is longer than half of the room; and a document that gets no room is
+skipped: a shorter one after it may fit.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ _DROPPED: Final = ("references", "notes", "see also", "examples")
 _UNDERLINE: Final = re.compile(r"^[-=~]{3,}\s*$")
 _SEPARATOR: Final = "\n\n"
 _LEAST_TOKENS: Final = 40
+_MOST_CHARS_PER_TOKEN: Final = 16
+_LONGEST_WORD: Final = 40
 
 
 class TokenCounter:
@@ -146,10 +149,29 @@ class Assembler:
                 high = middle - 1
         text = "\n".join(lines[:low]).rstrip() + "\n[...]"
         tokens = count(text)
+        if tokens * 2 < cap:  # a paragraph that is one line, as in texts of people's own
+            text = self._with_begin_of("\n".join(lines[:low]) + "\n", lines[low], cap)
+            tokens = count(text)
         while tokens > cap and len(text) > _LEAST_TOKENS:  # one endless line
             text = text[: len(text) * 3 // 4]
             tokens = count(text)
         return Piece(text, tokens, True)
+
+    def _with_begin_of(self, text: str, line: str, cap: int) -> str:
+        """`text` and as much of the next line as there is room for, to a space if one is near."""
+        low, high = 0, min(len(line), cap * _MOST_CHARS_PER_TOKEN)
+        while low < high:
+            middle = (low + high + 1) // 2
+            if self._counter.count(f"{text}{line[:middle]} [...]") <= cap:
+                low = middle
+            else:
+                high = middle - 1
+        begin = line[:low]
+        if not line[low : low + 1].isspace():
+            before, _, word = begin.rpartition(" ")
+            if before and len(word) <= _LONGEST_WORD:
+                begin = before
+        return f"{text}{begin} [...]"
 
 
 def split_sections(doc: str) -> list[tuple[str, str]]:

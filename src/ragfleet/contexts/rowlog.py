@@ -23,6 +23,9 @@ from ragfleet.corpus.download import normal_name
 from ragfleet.errors import RagfleetError, StorageError
 
 LOG_VERSION: Final = 2
+CUT_VERSION: Final = 2
+"""Goes up where documents that are too long are cut in another way: only rows that hold such ones
+are made again. (1 lost all of a document that is one long line.)"""
 
 _encode = msgspec.json.Encoder().encode
 
@@ -32,6 +35,8 @@ class _Entry(msgspec.Struct):
     names: dict[str, str]
     """package==version → hash of which documents there were, under which names."""
     row: msgspec.Raw
+    cut: int = 1
+    """How documents that were too long were cut."""
 
 
 class _Checked(msgspec.Struct):
@@ -83,7 +88,10 @@ class RowLog:
             return
         if not line.endswith(b"\n"):
             return
-        if is_good(checked, entry.names):
+        is_cut_as_now = entry.cut == CUT_VERSION or not any(
+            document.get("shortened") for document in checked.documents
+        )
+        if is_cut_as_now and is_good(checked, entry.names):
             self._places[entry.key] = (offset, len(line))
             self._stale.discard(entry.key)
         else:  # a later line of a key replaces an earlier one
@@ -105,7 +113,7 @@ class RowLog:
         return len(self._places)
 
     def append(self, key: str, names: dict[str, str], row: dict[str, Any]) -> None:
-        line = _encode(_Entry(key, names, msgspec.Raw(_encode(row)))) + b"\n"
+        line = _encode(_Entry(key, names, msgspec.Raw(_encode(row)), CUT_VERSION)) + b"\n"
         *place, digest = self._failed.get(key, (0, 0, None))
         if digest == xxhash.xxh3_64_intdigest(line):
             self._places[key] = (place[0], place[1])

@@ -16,14 +16,16 @@ from typing import Any
 import numpy as np
 
 from ragfleet.config import RunConfig
+from ragfleet.earlier_files import check_output, merged_without_shards, move_away
 from ragfleet.engines.protocol import Failure, Request, SamplingParams
-from ragfleet.errors import ConfigError, InputError
-from ragfleet.identity import RunFile, check_same_run, write_run_file
+from ragfleet.errors import ConfigError, InputError, StorageError, UsageError
+from ragfleet.identity import RunFile, write_run_file
 from ragfleet.index import read_lines
 from ragfleet.inspection import MergeOptions, merge_now, run_of
 from ragfleet.outcomes import record_seed
 from ragfleet.planning import find_finished, index_contexts, selection_of
 from ragfleet.preparation import Preparation, prepare
+from ragfleet.privacy import is_private, make_private
 from ragfleet.records import LazyRecord, parse_sent
 from ragfleet.remote.asking import common_body
 from ragfleet.remote.asking import prepare as prepare_body
@@ -44,19 +46,36 @@ def export_requests(config: RunConfig, target: Path) -> list[str]:
     if preparation.remote is None:
         raise ConfigError("ragfleet export is for --inference_type openai or togetherai.")
     _check_target(target, preparation)
-    with RunLock(preparation.paths):
-        selection = selection_of(config, preparation.num_workers, preparation.key_fields)
-        indexed = index_contexts(selection, preparation.identity.run_key)
-        before = preparation.run_file
-        if before is not None:
-            check_same_run(before, preparation.identity, config.output_file, 0)
+    paths, before = preparation.paths, preparation.run_file
+    private = config.private or is_private(paths)
+    with RunLock(paths, private=private) as lock:
+        try:
+            selection = selection_of(config, preparation.num_workers, preparation.key_fields)
+            indexed = index_contexts(selection, preparation.identity.run_key)
+            if config.overwrite:
+                to_do = indexed.requests
+            else:
+                finished = find_finished(indexed, paths.output_file)
+                check_output(preparation, len(finished.winners.answers))
+                to_do = indexed.requests & ~finished.mask(indexed, config.retry_failed)
+                if merged_without_shards(preparation, indexed, config.retry_failed):
+                    to_do = np.zeros_like(to_do)
+        except UsageError:
+            lock.discard_new()
+            raise
+        if not to_do.any():
+            return [
+                f"Nothing to export: all {int(indexed.requests.sum()):,} requests are finished."
+            ]
+        if config.overwrite:
+            move_away(paths, private)
         write_run_file(
-            preparation.paths,
+            paths,
             RunFile(
                 run_key=preparation.identity.run_key.hex(),
                 parts=dict(preparation.identity.parts),
                 clock=preparation.clock,
-                output_name=preparation.paths.output_file.name,
+                output_name=paths.output_file.name,
                 starts=before.starts if before is not None else 0,
                 truncation=[config.truncate_context, config.max_model_len],
                 class_hash=preparation.class_hash,
@@ -64,10 +83,9 @@ def export_requests(config: RunConfig, target: Path) -> list[str]:
                 merged=before.merged if before is not None else None,
             ),
         )
-        finished = find_finished(indexed, preparation.paths.output_file)
-        to_do = indexed.requests & ~finished.mask(indexed, config.retry_failed)
-        records = indexed.index.records[to_do]
-        return _write_files(preparation, records, target)
+        if private:
+            make_private(paths)
+        return _write_files(preparation, indexed.index.records[to_do], target)
 
 
 def _check_target(target: Path, preparation: Preparation) -> None:
@@ -97,7 +115,11 @@ def _write_files(preparation: Preparation, records: Any, target: Path) -> list[s
 
     def write() -> None:
         path = _numbered(target, len(said) + 1)
-        path.write_bytes(b"".join(chunk))
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(b"".join(chunk))
+        except OSError as error:
+            raise StorageError(f"Can't write {path}: {error.strerror}.") from error
         said.append(f"{len(chunk):,} requests, {size:,} bytes → {path}")
 
     for line in _request_lines(preparation, records):

@@ -42,6 +42,8 @@ def check_output(preparation: Preparation, num_answers: int) -> None:
         )
     if not num_answers and run_file.merged is None:
         return  # nothing depends on the earlier start's settings
+    if not num_answers and run_file.merged is not None:  # shards that were removed
+        num_answers = run_file.merged["statistics"]["succeeded"]
     check_same_run(run_file, preparation.identity, paths.output_file, num_answers)
     truncation = [config.truncate_context, config.max_model_len]
     check_truncation(run_file, truncation, paths.output_file)

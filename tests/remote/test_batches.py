@@ -28,7 +28,7 @@ from ragfleet.engines.protocol import (
     PromptSettings,
     SamplingParams,
 )
-from ragfleet.errors import ConfigError, InputError, RemoteError
+from ragfleet.errors import ConfigError, InputError, OutputError, RemoteError, StorageError
 from ragfleet.launch import RunPaths
 from ragfleet.remote.batch_journal import Journal
 from ragfleet.remote.client import ApiClient
@@ -350,6 +350,35 @@ def test_files_that_are_no_requests_and_no_replies(
     replies.write_bytes(answer_lines(server, requests.read_bytes().splitlines()))
     assert import_replies(output, replies)[-1].startswith("3 rows")
     assert import_replies(output, replies)[0].startswith("0 replies taken"), "nothing is missing"
+
+
+def test_an_export_heeds_what_is_there_as_a_start_does(
+    serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the next start would take somebody's file for its own and write over it."""
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    config = config_for(serve(), tmp_path, 3)
+    output, directory = config.output_file, RunPaths(config.output_file).directory
+    output.write_text("mine\n")
+    with pytest.raises(OutputError, match="no run of ragfleet made it"):
+        export_requests(config, tmp_path / "requests.jsonl")
+    assert not directory.exists()
+    export_requests(config.replace(overwrite=True), tmp_path / "new" / "requests.jsonl")
+    (backup,) = tmp_path.glob("*.bak-*")
+    assert (backup / output.name).read_text() == "mine\n"
+    assert run(config) is not None
+    other = config.replace(max_new_tokens=7)
+    with pytest.raises(OutputError, match="it moves 3 finished answers"):
+        export_requests(other, tmp_path / "other.jsonl")
+    said = ["Nothing to export: all 3 requests are finished."]
+    assert export_requests(config, tmp_path / "again.jsonl") == said
+    assert run(config.replace(remove_shards=True)) is not None
+    assert export_requests(config, tmp_path / "again.jsonl") == said
+    with pytest.raises(OutputError, match="it moves 3 finished answers"):
+        export_requests(other, tmp_path / "other.jsonl")
+    (tmp_path / "file").touch()
+    with pytest.raises(StorageError, match=r"Can't write .*requests\.jsonl"):
+        export_requests(config.replace(overwrite=True), tmp_path / "file" / "requests.jsonl")
 
 
 def export_requests_in_two(

@@ -41,8 +41,8 @@ commands:
   export   write unfinished requests as a batch file: ragfleet export FILE [options as infer]
   import   take the replies of such a file: ragfleet import FILE --output_file OUTPUT
 
-ragfleet COMMAND --help lists a command's options. --config FILE.toml gives any of them; options on
-the command line win.
+ragfleet COMMAND --help lists a command's options. To infer, plan, show, export, contexts and
+pipeline, --config FILE.toml gives any of them; options on the command line win.
 """
 
 

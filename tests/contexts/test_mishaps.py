@@ -316,6 +316,20 @@ def test_a_process_that_dies_costs_its_package_alone(
     assert errors == {"bad": "its process died (exit code 3)", "good": None}
 
 
+def test_files_of_the_working_directory_are_not_taken_for_pythons_own(
+    tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "threading.py").write_text("raise ImportError\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("PYTHONSAFEPATH", raising=False)
+    write_queries(tmp_path, ROW)
+    assert generate_contexts(options(tmp_path, num_workers=2)).num_rows == 1
+    archive_of(tmp_path, "good")
+    (built,) = build_all(["good==1.0"], build_options(tmp_path), lambda each: None)
+    assert built.error is None
+    assert "PYTHONSAFEPATH" not in os.environ, "a user's own processes start as ever"
+
+
 def test_members_in_each_others_way(tmp_path: Path) -> None:
     archive = write_sdist(
         tmp_path / "a.tar.gz", {"pkg/a.py": "x = 1\n", "pkg/a.py/b.py": "", "pkg/c.py": ""}

@@ -34,7 +34,7 @@ from ragfleet.contexts.rowlog import Freshness, RowLog, row_key
 from ragfleet.contexts.search import DENSE_WEIGHT
 from ragfleet.contexts.store import CorpusStore, NoCorpus
 from ragfleet.contexts.summary import ContextsSummary
-from ragfleet.corpus.children import begin_child, end_children
+from ragfleet.corpus.children import away_from_here, begin_child, end_children
 from ragfleet.corpus.download import normal_name
 from ragfleet.errors import ConfigError, InputChanged, OutputError, StorageError, WorkersFailed
 
@@ -253,12 +253,15 @@ def _in_order(options: ContextsOptions, batches: Iterator[Batch], say: OnText) -
         finally:
             _PROCESS.clear()
         return
-    with ProcessPoolExecutor(
-        options.num_workers,
-        mp_context=multiprocessing.get_context("spawn"),
-        initializer=_start_process,
-        initargs=(options,),
-    ) as pool:
+    with (
+        away_from_here(),
+        ProcessPoolExecutor(
+            options.num_workers,
+            mp_context=multiprocessing.get_context("spawn"),
+            initializer=_start_process,
+            initargs=(options,),
+        ) as pool,
+    ):
         waiting: deque[Future[Done]] = deque()
         try:
             # One worker makes the indexes that are not there; the others find them.

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from ragfleet.corpus.archives import ArchiveError, extract
-from ragfleet.corpus.children import begin_child, end_children
+from ragfleet.corpus.children import away_from_here, begin_child, end_children
 from ragfleet.corpus.document import CorpusType, Document
 from ragfleet.corpus.download import (
     Archive,
@@ -115,7 +115,7 @@ def build_all(
         raise OutputError(f"Can't create {options.corpus_path}: {error.strerror}.") from None
     _remove_leftovers(options.cache_path)
     results = []
-    with ThreadPoolExecutor(options.num_workers) as threads:
+    with away_from_here(), ThreadPoolExecutor(options.num_workers) as threads:
         futures = [threads.submit(_build_apart, requirement, options) for requirement in wanted]
         try:
             for future in as_completed(futures):

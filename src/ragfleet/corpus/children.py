@@ -2,11 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import signal
 import sys
 import threading
+from collections.abc import Iterator
+from typing import Final
+
+_SAFE_PATH: Final = "PYTHONSAFEPATH"
+
+
+@contextlib.contextmanager
+def away_from_here() -> Iterator[None]:
+    """Children that are started meanwhile take no module from the working directory.
+
+    They begin as `python -c`, which looks there first: a `queue.py` of the user's would be taken
+    for Python's own.
+    """
+    before = os.environ.get(_SAFE_PATH)
+    os.environ[_SAFE_PATH] = "1"
+    try:
+        yield
+    finally:
+        os.environ.pop(_SAFE_PATH)
+        if before is not None:
+            os.environ[_SAFE_PATH] = before
 
 
 def begin_child(cleans_up: bool = False) -> None:

@@ -345,10 +345,10 @@ def plan_requests(
     # Where answers are there already, what remains gets its failure rows, so that it can be merged.
     is_all = prefill.is_exact and int(to_do.sum()) == int(indexed.requests.sum())
     if is_all and prefill.num_failing.total == len(plan.order):
+        why = str(prefill.first_failure).removesuffix(".")
         raise InputError(
-            f"Not one of the {len(plan.order):,} prompts can be made; the first:"
-            f" {prefill.first_failure}. See --prompt_template and the fields of the records"
-            " (ragfleet show)."
+            f"Not one of the {len(plan.order):,} prompts can be made; the first: {why}. See"
+            " --prompt_template and the fields of the records (ragfleet show)."
         )
     return plan, prefill
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ragfleet.errors import ModelError
+from ragfleet.errors import ConfigError, ModelError
 
 SPECIAL_TOKENS = tuple(
     f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
@@ -185,6 +185,16 @@ def model_limit(model_dir: Path, max_model_len: int | None) -> int | None:
             f" {model_dir}/config.json allows."
         )
     return max_model_len
+
+
+def check_room(model_dir: Path, max_model_len: int | None, max_new_tokens: int) -> None:
+    """Raises ConfigError where the answer leaves no room: every row would be `too_long`."""
+    limit = model_limit(model_dir, max_model_len)
+    if limit is not None and max_new_tokens >= limit:
+        raise ConfigError(
+            f"--max_new_tokens {max_new_tokens:,} leaves no room for a prompt: the model takes"
+            f" {limit:,} tokens of prompt and answer together."
+        )
 
 
 def special_tokens(model_dir: Path, config: Mapping[str, Any]) -> dict[str, str]:

@@ -26,10 +26,16 @@ from ragfleet.identity import Identity, RunFile, model_parts, now, read_run_file
 from ragfleet.index import check_is_file, is_stream
 from ragfleet.launch import RunPaths
 from ragfleet.launchers.torchrun import TorchrunRank
-from ragfleet.model_files import chat_template, check_tokenizer, check_weights, read_json
+from ragfleet.model_files import (
+    chat_template,
+    check_room,
+    check_tokenizer,
+    check_weights,
+    read_json,
+)
 from ragfleet.names import check_names
 from ragfleet.precision import Precision, precision_on, resolve_precision
-from ragfleet.prompts import DEFAULT_SYSTEM_PROMPT, check_template, template_fields
+from ragfleet.prompts import DEFAULT_SYSTEM_PROMPT, read_template
 from ragfleet.remote.secret import key_notes, read_key
 from ragfleet.remote.spec import DEFAULT_CONCURRENCY, PROVIDERS, ProviderName, RemoteSpec
 from ragfleet.seating import Seating, seat_alone
@@ -100,6 +106,8 @@ def prepare(
     if class_name is not None:
         fields = None
     model_dir = find_model(config)
+    if model_dir is not None and class_name is None:
+        check_room(model_dir, config.max_model_len, config.max_new_tokens)
     remote = remote_spec(config, environ)
     # Read for its errors alone: workers read it themselves.
     if remote is not None and needs_key:
@@ -321,20 +329,6 @@ def check_paths(config: RunConfig) -> None:
         if is_read_only:
             reason = f"{existing} is on a read-only file system"
         raise OutputError(f"Can't write to {folder}: {reason}.")
-
-
-def read_template(path: Path | None) -> tuple[str | None, frozenset[str] | None]:
-    """Source of a prompt template and the record fields it names."""
-    if path is None:
-        return None, frozenset()
-    try:
-        source = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--prompt_template {path} can't be read: {error}") from None
-    check_template(source, str(path))
-    fields = template_fields(source)
-    known = {"query", "context", "retrieval_method"}
-    return source, None if fields is None else fields - known
 
 
 def find_model(config: RunConfig) -> Path | None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ragfleet.engines.protocol import PromptSettings
@@ -94,6 +95,20 @@ def plain_prompt(messages: Sequence[Message]) -> str:
 
 
 # ---- users' templates -------------------------------------------------------------------------
+
+
+def read_template(path: Path | None) -> tuple[str | None, frozenset[str] | None]:
+    """Source of a prompt template and the record fields it names."""
+    if path is None:
+        return None, frozenset()
+    try:
+        source = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--prompt_template {path} can't be read: {error}") from None
+    check_template(source, str(path))
+    fields = template_fields(source)
+    known = {"query", "context", "retrieval_method"}
+    return source, None if fields is None else fields - known
 
 
 def check_template(source: str, name: str) -> None:

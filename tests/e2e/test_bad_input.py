@@ -346,6 +346,14 @@ REFUSED = {
     "the output is a device": Refused(
         r"/dev/null is no ordinary file", (*ECHO, "--output_file", "/dev/null")
     ),
+    "no prompt has room": Refused(
+        r"--max_new_tokens 4,096 leaves no room for a prompt: the model takes 4,096 tokens",
+        ("--model_path", "pocket", "--device", "cpu", "--max_new_tokens", "4096"),
+    ),
+    "more than the model takes": Refused(
+        r"--max_model_len 5000 is above the 4096 that .*config\.json allows",
+        ("--model_path", "pocket", "--device", "cpu", "--max_model_len", "5000"),
+    ),
     "the output is a stream": Refused(
         r"/proc/self/exe is no ordinary file",
         (*ECHO, "--output_file", "/proc/self/exe", "--overwrite"),

@@ -302,7 +302,8 @@ def test_prompts_that_cannot_be_made_are_told_and_none_at_all_is_refused(
     template.write_text("{{ nope }}")
     preparation, indexed = prepared_run(tmp_path, 60, 5, prompt_template=template)
     with pytest.raises(
-        InputError, match=r"Not one of the 60 prompts can be made; the first: .*nope"
+        InputError,
+        match=r"Not one of the 60 prompts can be made; the first: .*nope.*[^.]\. See --prompt",
     ):
         plan_requests(preparation, indexed, indexed.requests, exact)
     # What an earlier start left to fail gets its rows.
@@ -332,7 +333,10 @@ def test_workers_without_work_do_not_count(tmp_path: Path) -> None:
         assert found is not None
         assert found.shared.total <= found.prompts.total
         assert "% less" in prefill_lines(found)[0]
-    preparation, indexed = prepared_run(tmp_path, 12, 3, max_new_tokens=10**6)
+    # As with questions that alone are too long; an answer that is gets no further than `prepare`.
+    preparation = dataclasses.replace(
+        preparation, config=preparation.config.replace(max_new_tokens=10**6)
+    )
     nothing = plan_requests(preparation, indexed, indexed.requests)[1]
     assert nothing is not None
     assert nothing.shared.total == nothing.prompts.total == 0

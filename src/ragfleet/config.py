@@ -51,7 +51,7 @@ _CHOICES = {
 }
 
 
-def _path(name: str, value: str | Path) -> Path:
+def path_of(name: str, value: str | Path) -> Path:
     """Raises ConfigError for a `~`, which a shell leaves alone in quotes, and TOML always: it would
     be a folder of that name."""
     path = Path(value)
@@ -213,7 +213,7 @@ class RunConfig:
         for name in ("contexts_file", "output_file", "prompt_template", "api_key_file"):
             value = getattr(self, name)
             if value is not None:
-                object.__setattr__(self, name, _path(name, value))
+                object.__setattr__(self, name, path_of(name, value))
         object.__setattr__(self, "stop", tuple(self.stop))
         for name in ("temperature", "top_p"):  # 0 and 0.0 are one run
             object.__setattr__(self, name, float(getattr(self, name)))

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from ragfleet.config import RunConfig
+from ragfleet.config import RunConfig, path_of
 from ragfleet.context_room import context_room
 from ragfleet.contexts import generate
 from ragfleet.contexts.generate import check_packages, generate_contexts
@@ -76,6 +76,11 @@ class PipelineOptions:
     """Take so many queries at most (empty: all)."""
     context_workers: int = 1
     """Worker processes that generate contexts (--num_workers is for answering)."""
+
+    def __post_init__(self) -> None:
+        for name in ("queries_file", "corpus_path", "contexts_file"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, path_of(name, getattr(self, name)))
 
     def contexts_file_for(self, output_file: Path) -> Path:
         if self.contexts_file is not None:

@@ -344,6 +344,32 @@ def test_an_index_password_is_not_shown() -> None:
     assert str(error) == "could not ask https://***@index.example/simple/x"
 
 
+@pytest.mark.parametrize(
+    ("command", "flag"),
+    [
+        (["contexts", "--queries_file", "q.jsonl"], "--corpus_path"),
+        (["contexts", "--queries_file", "q.jsonl"], "--output_file"),
+        (["corpus", "build", "pkg==1.0"], "--corpus_path"),
+        (["pipeline", "--queries_file", "q.jsonl", "--engine", "echo"], "--corpus_path"),
+    ],
+)
+def test_a_tilde_that_no_shell_has_replaced_is_no_folder(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    command: list[str],
+    flag: str,
+) -> None:
+    """As in a TOML file."""
+    monkeypatch.chdir(tmp_path)
+    write_queries(tmp_path, ROW)
+    (tmp_path / "q.jsonl").write_text(json.dumps(ROW))
+    needed = ["--output_file", "out.jsonl"] if command[0] == "pipeline" else []
+    assert main([*command, *needed, f"{flag}=~/mine"]) == 2
+    assert f"{flag} ~/mine: no shell has put the home folder for ~" in capsys.readouterr().err
+    assert not (tmp_path / "~").exists()
+
+
 def test_an_index_that_does_not_answer_is_told_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

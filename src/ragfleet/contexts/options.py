@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
 
+from ragfleet.config import path_of
 from ragfleet.corpus.document import CorpusType
 from ragfleet.errors import ConfigError
 
@@ -56,7 +57,7 @@ class ContextsOptions:
 
     def __post_init__(self) -> None:
         for name in ("queries_file", "corpus_path", "output_file"):
-            object.__setattr__(self, name, Path(getattr(self, name)))
+            object.__setattr__(self, name, path_of(name, getattr(self, name)))
         for name, least in (
             ("max_documents", 1),
             ("max_tokens", 1),

@@ -21,6 +21,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from ragfleet.config import path_of
 from ragfleet.corpus.archives import ArchiveError, extract
 from ragfleet.corpus.children import away_from_here, begin_child, end_children
 from ragfleet.corpus.document import CorpusType, Document
@@ -66,6 +67,7 @@ class BuildOptions:
     """Build again what is there already."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "corpus_path", path_of("corpus_path", self.corpus_path))
         object.__setattr__(self, "cache_path", self.cache_path.expanduser())
         if self.num_workers < 1:
             raise ConfigError(f"--num_workers is {self.num_workers}; it must be at least 1.")

@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 
 from ragfleet.config import RunConfig
-from ragfleet.earlier_files import check_output, merged_without_shards, move_away
+from ragfleet.earlier_files import finished_before, move_away
 from ragfleet.engines.protocol import Failure, Request, SamplingParams
 from ragfleet.errors import ConfigError, InputError, StorageError, UsageError
 from ragfleet.identity import RunFile, write_run_file
 from ragfleet.index import read_lines
-from ragfleet.inspection import MergeOptions, merge_now, run_of
+from ragfleet.inspection import MergeOptions, lacks_shards, merge_now, run_of
 from ragfleet.outcomes import record_seed
 from ragfleet.planning import find_finished, index_contexts, selection_of
 from ragfleet.preparation import Preparation, prepare
@@ -56,10 +56,7 @@ def export_requests(config: RunConfig, target: Path) -> list[str]:
                 to_do = indexed.requests
             else:
                 finished = find_finished(indexed, paths.output_file)
-                check_output(preparation, len(finished.winners.answers))
-                to_do = indexed.requests & ~finished.mask(indexed, config.retry_failed)
-                if merged_without_shards(preparation, indexed, config.retry_failed):
-                    to_do = np.zeros_like(to_do)
+                to_do = indexed.requests & ~finished_before(preparation, indexed, finished)
         except UsageError:
             lock.discard_new()
             raise
@@ -187,7 +184,10 @@ def import_replies(output_file: Path, replies: Path) -> list[str]:
         assert run_file.selection is not None
         indexed = index_contexts(run_file.selection, bytes.fromhex(run_file.run_key))
         finished = find_finished(indexed, paths.output_file)
-        rows = np.flatnonzero(indexed.requests & ~finished.mask(indexed))
+        to_do = indexed.requests & ~finished.mask(indexed)
+        if lacks_shards(run_file, indexed, finished) and paths.output_file.exists():
+            to_do[:] = False  # the answers are in the output
+        rows = np.flatnonzero(to_do)
         records = indexed.index.records[rows]
         keys = np.column_stack((records["key_hi"], records["key_lo"])).astype("<u8").tobytes()
         place = {keys[16 * number : 16 * number + 16]: number for number in range(len(rows))}

@@ -162,7 +162,8 @@ def _held_message(paths: RunPaths, holder: str, starter: Starter | None) -> str:
         )
     return (
         f"{output} is being written by {holder or 'another process'}. Wait for it, or stop it;"
-        f" to look at it: ragfleet status --output_file {output}"
+        f" to look at it: ragfleet status --output_file {output}; for what is finished by now:"
+        f" ragfleet merge --partial --output_file {output}"
     )
 
 

@@ -350,6 +350,9 @@ def test_files_that_are_no_requests_and_no_replies(
     replies.write_bytes(answer_lines(server, requests.read_bytes().splitlines()))
     assert import_replies(output, replies)[-1].startswith("3 rows")
     assert import_replies(output, replies)[0].startswith("0 replies taken"), "nothing is missing"
+    assert run(config.replace(remove_shards=True)) is not None
+    assert import_replies(output, replies)[0].startswith("0 replies taken"), "nor without shards"
+    assert not list_shards(output)
 
 
 def test_an_export_heeds_what_is_there_as_a_start_does(

@@ -22,9 +22,10 @@ from ragfleet.errors import ConfigError, InputError, StorageError, UsageError
 from ragfleet.identity import RunFile, write_run_file
 from ragfleet.index import read_lines
 from ragfleet.inspection import MergeOptions, lacks_shards, merge_now, run_of
+from ragfleet.launch import RunPaths
 from ragfleet.outcomes import record_seed
 from ragfleet.planning import find_finished, index_contexts, selection_of
-from ragfleet.preparation import Preparation, prepare
+from ragfleet.preparation import Preparation, check_paths, prepare
 from ragfleet.privacy import is_private, make_private
 from ragfleet.records import LazyRecord, parse_sent
 from ragfleet.remote.asking import common_body
@@ -42,14 +43,16 @@ def export_requests(config: RunConfig, target: Path) -> list[str]:
     More than a provider takes in one file goes into `-0002.jsonl` and so on. The run is written
     down, so that `import` and later starts know it.
     """
-    preparation = prepare(config, os.environ, None, needs_key=False)
-    if preparation.remote is None:
-        raise ConfigError("ragfleet export is for --inference_type openai or togetherai.")
-    _check_target(target, preparation)
-    paths, before = preparation.paths, preparation.run_file
+    check_paths(config)
+    paths = RunPaths(config.output_file.absolute())
     private = config.private or is_private(paths)
     with RunLock(paths, private=private) as lock:
         try:
+            # Under the lock: a start that is just ending writes down what it merged and removed.
+            preparation = prepare(config, os.environ, None, needs_key=False)
+            if preparation.remote is None:
+                raise ConfigError("ragfleet export is for --inference_type openai or togetherai.")
+            _check_target(target, preparation)
             selection = selection_of(config, preparation.num_workers, preparation.key_fields)
             indexed = index_contexts(selection, preparation.identity.run_key)
             if config.overwrite:
@@ -66,6 +69,7 @@ def export_requests(config: RunConfig, target: Path) -> list[str]:
             ]
         if config.overwrite:
             move_away(paths, private)
+        before = preparation.run_file
         write_run_file(
             paths,
             RunFile(

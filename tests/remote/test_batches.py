@@ -18,6 +18,7 @@ from fake_batches import FakeBatches
 from fake_server import KEY, MODEL, FakeServer, Serve, answer_to
 from test_faults import check_answers, config_for, texts_below
 
+from ragfleet import batch_files
 from ragfleet.batch_files import export_requests, import_replies
 from ragfleet.config import RunConfig
 from ragfleet.engines.openai_batch import OpenAIBatchEngine
@@ -29,10 +30,12 @@ from ragfleet.engines.protocol import (
     SamplingParams,
 )
 from ragfleet.errors import ConfigError, InputError, OutputError, RemoteError, StorageError
+from ragfleet.identity import read_run_file
 from ragfleet.launch import RunPaths
 from ragfleet.remote.batch_journal import Journal
 from ragfleet.remote.client import ApiClient
 from ragfleet.remote.spec import PROVIDERS, RemoteSpec
+from ragfleet.run_lock import RunLock
 from ragfleet.runner import run
 from ragfleet.shards import list_shards
 
@@ -382,6 +385,29 @@ def test_an_export_heeds_what_is_there_as_a_start_does(
     (tmp_path / "file").touch()
     with pytest.raises(StorageError, match=r"Can't write .*requests\.jsonl"):
         export_requests(config.replace(overwrite=True), tmp_path / "file" / "requests.jsonl")
+
+
+def test_an_export_reads_what_a_start_that_just_ends_leaves(
+    serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else it would ask for all of it again, and forget that it is merged."""
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    config = config_for(serve(), tmp_path, 3)
+    export_requests(config, tmp_path / "all.jsonl")  # writes the run down
+
+    class LateLock(RunLock):
+        def __enter__(self) -> RunLock:
+            assert run(config.replace(remove_shards=True)) is not None
+            return super().__enter__()
+
+    monkeypatch.setattr(batch_files, "RunLock", LateLock)
+    said = export_requests(config, tmp_path / "requests.jsonl")
+    assert said == ["Nothing to export: all 3 requests are finished."]
+    assert not (tmp_path / "requests.jsonl").exists()
+    run_file = read_run_file(RunPaths(config.output_file))
+    assert run_file is not None
+    assert run_file.merged is not None
+    assert run_file.merged["shards_removed"]
 
 
 def export_requests_in_two(

@@ -167,7 +167,8 @@ def _locked(folder: Path) -> Iterator[None]:
         except BlockingIOError:
             raise OutputError(
                 f"Another ragfleet is making or answering these contexts ({folder}); wait for it"
-                " or stop it."
+                " or stop it. Once they are made, ragfleet infer answers them beside it, with"
+                " another model too."
             ) from None
         except OSError:
             pass  # a file system without locks

@@ -179,6 +179,14 @@ def test_forms_of_query_files(tmp_path: Path, text: str) -> None:
     assert dict(first.dependencies) == {"p": ("1.5",)}
 
 
+def test_an_items_own_fields_go_to_each_of_its_queries(tmp_path: Path) -> None:
+    path = tmp_path / "q.jsonl"
+    path.write_text('{"id": "i", "queries": ["a", {"query": "b", "mine": 2}], "mine": 1, "x": []}')
+    first, second = read_queries(path)
+    assert dict(first.extra) == {"mine": 1, "x": []}
+    assert dict(second.extra) == {"mine": 2, "x": []}
+
+
 @pytest.mark.parametrize("text", ["", "  \n", "[]", "[{", "7", '"x"'])
 def test_files_without_queries(tmp_path: Path, text: str) -> None:
     path = tmp_path / "q.json"

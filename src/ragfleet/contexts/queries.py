@@ -227,7 +227,7 @@ def _query(
         dependencies = _dependencies(one, item)
     except ValueError as problem:
         error = error or str(problem)
-    extra = {name: value for name, value in one.items() if name not in _KNOWN}
+    extra = {name: value for name, value in {**item, **one}.items() if name not in _KNOWN}
     return Query(identifier, original, index, text, target or None, dependencies, extra, error)
 
 

@@ -5,6 +5,7 @@ Loads a tokenizer and no model. A user's class is imported, because its `create_
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -143,6 +144,8 @@ def _with_messages(prepared: RemotePrepared) -> Prepared:
 
 
 def _find_line(path: Path, identifier: str) -> tuple[bytes, int]:
+    with contextlib.suppress(UnicodeError):  # as a locale of ASCII gives what is UTF-8
+        identifier = identifier.encode(errors="surrogateescape").decode()
     wanted = identifier.encode(errors="surrogatepass")  # an argument that is not UTF-8
     try:
         with open(path, "rb") as file:

@@ -64,6 +64,16 @@ def test_a_locale_that_knows_ascii_alone_is_named(folder: Path) -> None:
     assert (folder / "结果.jsonl").exists()
 
 
+def test_a_record_is_shown_whatever_the_locale_knows(folder: Path) -> None:
+    record = {"id": "问题一", "query": "What is it?", "context": "A text."}
+    (folder / "in.jsonl").write_text(json.dumps(record, ensure_ascii=False) + "\n", "utf-8")
+    command = "$R show 问题一 --contexts_file in.jsonl --engine echo"
+    for utf8 in ("0", "1"):
+        done = shell(folder, command, LC_ALL="POSIX", PYTHONUTF8=utf8, PYTHONCOERCECLOCALE="0")
+        assert done.returncode == 0, done.stderr
+        assert "What is it?" in done.stdout
+
+
 @pytest.mark.parametrize("closed", ["2>&-", ">&-", "<&-", "<&- >&- 2>&-"])
 def test_a_run_needs_no_console(folder: Path, closed: str) -> None:
     done = shell(folder, f"$R {INFER} {closed}")

@@ -111,6 +111,17 @@ def test_create_prompt_sees_the_trimmed_context(start: Make) -> None:
     assert prepared.prompt.count("r-1: What is it? (rag_fallback)\nword word") == 1
 
 
+def test_a_kind_of_string_is_its_text(start: Make) -> None:
+    for user_class in ("KindOfString", "KindOfStringAsync"):
+        outcome = drive(start("echo", user_class), [ask(1)])[ask(1).key]
+        assert isinstance(outcome, Completion)
+        assert (type(outcome.text), outcome.text) == (str, "some text")
+    prepared = start("transformers", "KindOfPrompt").prepare(ask(1))
+    assert isinstance(prepared, Prepared)
+    assert type(prepared.prompt) is str
+    assert "user\nsome text<|im_end|>" in prepared.prompt
+
+
 # ---- concurrency ------------------------------------------------------------------------------
 
 

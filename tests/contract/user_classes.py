@@ -85,6 +85,36 @@ class Swallows(QueryBasedInference):
             return "swallowed"
 
 
+class Text(str):
+    """As numpy's strings are, and those of parsers."""
+
+    def __str__(self):
+        return "<p>some text</p>"
+
+
+class KindOfString(QueryBasedInference):
+    def generate_answer(self, query, context, retrieval_method):
+        return Text("some text")
+
+
+class KindOfStringAsync(QueryBasedInference):
+    async def generate_answer(self, query, context, retrieval_method):
+        return Text("some text")
+
+
+class KindOfPrompt(QueryBasedInference):
+    def create_prompt(self, query, context, retrieval_method):
+        return Text("some text")
+
+
+class AsksInSetup(QueryBasedInference):
+    def setup(self):
+        super().generate_answer("q", "c", None)
+
+    def generate_answer(self, query, context, retrieval_method):
+        return "some text"
+
+
 class BadConstructor(QueryBasedInference):
     def __init__(self, **settings):
         raise OSError("no licence")

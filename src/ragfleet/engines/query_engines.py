@@ -120,7 +120,7 @@ class QueryBasedEngine:
                 f"{self._cls.__name__}.create_prompt returned {type(text).__name__}, not a string",
                 "generation_error",
             )
-        return text
+        return str.__str__(text)
 
     @property
     def prompts(self) -> PromptSettings:
@@ -195,7 +195,7 @@ class QueryBasedEngine:
             return _failed(key, f"{what}, not a string")
         return Completion(
             key=key,
-            text=text,
+            text=str.__str__(text),  # of a subclass (numpy's, a parser's) the text alone
             finish_reason=state.finish_reason,
             prompt_tokens=state.prompt_tokens,
             completion_tokens=state.completion_tokens,

@@ -206,6 +206,11 @@ def test_load_class_says_what_is_wrong(tmp_path: Path) -> None:
         load_class(f"{file}:Mine", QueryBasedInference)
 
 
+def test_outside_of_a_record_it_says_so(start: Make) -> None:
+    with pytest.raises(ConfigError, match="only while a record is being answered, not in setup"):
+        start("echo", "AsksInSetup")
+
+
 def test_outside_of_a_run_it_says_so() -> None:
     with pytest.raises(RuntimeError, match=r"QueryBasedInference\.main\(\)"):
         QueryBasedInference().generate_answer("q", "c", None)

@@ -128,7 +128,12 @@ class QueryBasedEngine:
 
     def answer(self, query: str, context: str, retrieval_method: str | None) -> str:
         """One prompt through the inner engine, now. Raises AnswerFailed."""
-        state = current.get()
+        state = current.get(None)
+        if state is None:
+            raise RuntimeError(
+                "super().generate_answer works only while a record is being answered, not in"
+                " setup(); in threads of your own by contextvars.copy_context().run"
+            )
         with self._lock:
             try:
                 outcome = self._run_inner(state, query, context, retrieval_method)

@@ -445,7 +445,7 @@ def test_paths_that_no_run_can_have(tmp_path: Path) -> None:
 
 
 CLASSES = """
-import asyncio, pathlib, sys, time
+import asyncio, os, pathlib, sys, time
 from ragfleet import QueryBasedInference
 
 BROKEN = pathlib.Path(__file__).with_name("broken")
@@ -471,6 +471,17 @@ class Async(QueryBasedInference):
         if query == "q3":
             raise LookupError("no such page")
         return f"{self.record['id']} {context}"
+
+class Forks(QueryBasedInference):
+    def generate_answer(self, query, context, retrieval_method):
+        if query in ("q3", "q5"):
+            pid = os.fork()
+            if pid == 0:
+                sys.exit(0) if query == "q3" else time.sleep(0.2)
+                return "of the child"
+            if query == "q3":
+                os.waitpid(pid, 0)
+        return query
 
 class Blocks(QueryBasedInference):
     def generate_answer(self, query, context, retrieval_method):
@@ -569,6 +580,13 @@ def test_a_file_that_is_its_own_command(classes: Path) -> None:
     done = command(classes, sys.executable, "mine.py", *files, *ECHO, "--overwrite")
     assert done.returncode == 0, done.stderr
     assert rows_of(classes / "out.jsonl")[0]["answer"] == "sync q0"
+
+
+def test_a_fork_that_comes_back_is_no_second_worker(classes: Path) -> None:
+    infer(classes, *ECHO, "--inference_class", "mine.py:Forks")
+    rows = rows_of(classes / "out.jsonl")
+    assert [row["answer"] for row in rows] == [f"q{n}" for n in range(12)]
+    assert len(shard_lines(classes)) == 12
 
 
 def test_a_class_that_blocks_for_ever(classes: Path) -> None:

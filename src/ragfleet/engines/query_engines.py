@@ -10,6 +10,7 @@ import asyncio
 import dataclasses
 import hashlib
 import inspect
+import os
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -72,6 +73,7 @@ class QueryBasedEngine:
         self._make_inner = make_inner
         self._inner: Engine | None = None
         self._lock = threading.RLock()  # a user's asyncio.to_thread may call `answer`
+        self._pid = os.getpid()
         self._num_calls = 0
         self._dead: RagfleetError | None = None
         self._backend: QueryBasedInference
@@ -115,12 +117,19 @@ class QueryBasedEngine:
             raise
         except (Exception, SystemExit) as error:  # user's code
             raise RecordPromptError(describe(error, self._file), "generation_error") from error
+        finally:
+            self._end_forks()
         if not isinstance(text, str):
             raise RecordPromptError(
                 f"{self._cls.__name__}.create_prompt returned {type(text).__name__}, not a string",
                 "generation_error",
             )
         return str.__str__(text)
+
+    def _end_forks(self) -> None:
+        """A fork that comes back out of the user's code would be this worker a second time."""
+        if os.getpid() != self._pid:
+            os._exit(1)
 
     @property
     def prompts(self) -> PromptSettings:
@@ -191,6 +200,8 @@ class QueryBasedEngine:
             passing = isinstance(error, (TimeoutError, ConnectionError))
             retryable = passing or bool(getattr(error, "retryable", False))
             return _failed(key, describe(error, self._file), kind, retryable)
+        finally:
+            self._end_forks()
         if self._dead is not None:
             raise self._dead
         if not isinstance(text, str):

@@ -270,22 +270,26 @@ def cpu_workers(
     engine_bytes: Callable[[int], int] = lambda num_threads: 0,
     *,
     is_asked: bool = False,
+    bf16_bytes: int | None = None,
 ) -> tuple[int, str]:
     """(workers, the line that says why): one for each `num_threads` cores, if memory allows.
 
     Each worker holds the whole model, and with its part of the cores, so many threads, up to
-    `engine_bytes` of keys, values and what is packed anew. Raises DeviceError where not even one
-    fits, with all of that if it `is_asked` for, else without.
+    `engine_bytes` of keys, values and what is packed anew. `bf16_bytes`: the weights in that, where
+    they are not. Raises DeviceError where not even one fits, with all of that if it `is_asked` for,
+    else without.
     """
     workers = most = max(1, num_cores // num_threads)
     why = f"{num_cores} cores // {num_threads} thread(s) = {workers}"
     if available_bytes is None or weights_bytes is None:
         return workers, f"{workers} workers: {why}."
-    model = int(1.1 * weights_bytes) + (3 << 28)
+    model = _at_work_bytes(weights_bytes)
     if model > available_bytes:
+        fits = bf16_bytes is not None and _at_work_bytes(bf16_bytes) <= available_bytes
         raise DeviceError(
             f"The model does not fit into memory: weights {gib(weights_bytes)}, with what it works"
-            f" in {gib(model)}, of {gib(available_bytes)} available. Take a smaller model."
+            f" in {gib(model)}, of {gib(available_bytes)} available."
+            f" {'Use --precision bf16, or take' if fits else 'Take'} a smaller model."
         )
 
     def together(workers: int) -> int:
@@ -311,13 +315,28 @@ def cpu_workers(
     return workers, f"{workers} workers: {why}."
 
 
-def check_memory(num_workers: int, memory_bytes: int | None, weights_bytes: int) -> None:
-    """Raises DeviceError where the weights alone, once for each worker, exceed all there is."""
+def _at_work_bytes(weights_bytes: int) -> int:
+    return int(1.1 * weights_bytes) + (3 << 28)
+
+
+def check_memory(
+    num_workers: int,
+    memory_bytes: int | None,
+    weights_bytes: int,
+    bf16_bytes: int | None = None,
+) -> None:
+    """Raises DeviceError where the weights alone, once for each worker, exceed all there is.
+
+    `bf16_bytes`: the weights in that, where they are not.
+    """
     total_bytes = num_workers * weights_bytes
     if memory_bytes is None or total_bytes <= memory_bytes:
         return
     fitting = memory_bytes // weights_bytes
-    way = f"Use --num_workers {fitting} or fewer, or take" if fitting else "Take"
+    ways = [f"--num_workers {fitting} or fewer"] if fitting else []
+    if bf16_bytes is not None and num_workers * bf16_bytes <= memory_bytes:
+        ways.append("--precision bf16")
+    way = f"Use {' or '.join(ways)}, or take" if ways else "Take"
     raise DeviceError(
         f"The model does not fit into memory on the CPU: {num_workers} worker(s) × weights"
         f" {gib(weights_bytes)} = {gib(total_bytes)}, of {gib(memory_bytes)} in all. {way} a"

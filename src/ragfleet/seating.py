@@ -187,7 +187,7 @@ def _check_cpu(seating: Seating, num_workers: int) -> None:
         )
     # A class of the user's may never load the model.
     if config.inference_class is None:
-        check_memory(num_workers, whole_memory_bytes(), weights)
+        check_memory(num_workers, whole_memory_bytes(), weights, _bf16_weights(seating))
 
 
 def _weights(seating: Seating, precision: str) -> int | None:
@@ -199,6 +199,10 @@ def _weights(seating: Seating, precision: str) -> int | None:
         return weights_bytes(seating.model_dir, _precision_bytes(precision)) or None
     except ModelError:
         return None
+
+
+def _bf16_weights(seating: Seating) -> int | None:
+    return _weights(seating, "bf16") if seating.cpu_precision == "fp32" else None
 
 
 # ---- auto
@@ -221,6 +225,7 @@ def _auto_on_cpu(seating: Seating) -> tuple[int, str]:
         weights,
         loop.of_worker,
         is_asked=loop.asked_bytes is not None,
+        bf16_bytes=_bf16_weights(seating),
     )
     return workers, f"auto: {why}"
 

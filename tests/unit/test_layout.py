@@ -223,6 +223,29 @@ def test_a_model_larger_than_memory_is_refused() -> None:
         cpu_workers(8, 1, 16 * GIB, 30 * GIB)
 
 
+def test_a_model_too_large_in_fp32_alone_is_sent_to_bf16(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for is_auto in (True, False):
+        num_workers = "auto" if is_auto else 1
+        for memory_gib, way in (
+            (24, "Use --precision bf16, or take a smaller"),
+            (12, r"\. Take a"),
+        ):
+            cpu_machine(monkeypatch, cores=8, memory_gib=memory_gib)
+            asked = seating_of(tmp_path, fake_inventory(0), 14, num_workers=num_workers)
+            with pytest.raises(DeviceError, match=way):
+                seat(asked)
+    cpu_machine(monkeypatch, cores=8, memory_gib=30)
+    asked = seating_of(tmp_path, fake_inventory(0), 14, num_workers=2)
+    both = "Use --num_workers 1 or fewer or --precision bf16, or take a smaller model"
+    with pytest.raises(DeviceError, match=both):
+        seat(asked)
+    asked = seating_of(tmp_path, fake_inventory(0), 14, num_workers=4)
+    with pytest.raises(DeviceError, match="Use --num_workers 1 or fewer, or take a smaller"):
+        seat(asked)
+
+
 # ---- from files
 
 

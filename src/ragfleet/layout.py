@@ -155,6 +155,8 @@ def layouts(
     demand: Demand,
     split: Split = "heads",
     sizes: Sequence[int] | None = None,
+    *,
+    is_told: bool = False,
 ) -> list[Layout]:
     """Every split of these GPUs that the model allows, the fastest first; what fits comes first.
 
@@ -162,13 +164,14 @@ def layouts(
     shares no prefixes, which no speed here knows: the fewest that hold more than a few requests
     come first.
     `sizes`: the numbers of GPUs that one worker may have (None: any). Where heads are split, the
-    engine takes of such a number what it needs, and each layout has only these.
+    engine takes of such a number what it needs, and each layout has only these; one that `is_told`
+    how it splits takes all.
     """
     found = []
     for num_gpus in sizes or range(1, len(gpu_bytes) + 1):
-        is_asked = sizes is not None and split == "heads"
+        is_asked = sizes is not None and split == "heads" and not is_told
         taken = engine_gpus(gpu_bytes, model, num_gpus) if is_asked else num_gpus
-        if split == "layers" or divides(model, taken):
+        if split == "layers" or is_told or divides(model, taken):
             num_workers = len(gpu_bytes) // num_gpus
             found.append(layout_of(gpu_bytes, model, demand, num_workers, taken, split))
     if split == "layers":
@@ -203,9 +206,11 @@ def choose_layout(
     demand: Demand,
     split: Split = "heads",
     sizes: Sequence[int] | None = None,
+    *,
+    is_told: bool = False,
 ) -> Layout:
     """The first of `layouts`. Raises DeviceError with the sums when none does."""
-    found = layouts(gpu_bytes, model, demand, split, sizes)
+    found = layouts(gpu_bytes, model, demand, split, sizes, is_told=is_told)
     if found and found[0].num_requests:
         return found[0]
     sums = [
@@ -227,6 +232,8 @@ def choose_gpus(
     demand: Demand,
     split: Split = "heads",
     sizes: Sequence[int] | None = None,
+    *,
+    is_told: bool = False,
 ) -> tuple[Layout, int]:
     """(the layout, the least memory that its GPUs have): the smallest GPU decides how much each is
     given, so it is left out where the others do clearly more without. Raises as `choose_layout`."""
@@ -235,12 +242,14 @@ def choose_gpus(
         larger = [num_bytes for num_bytes in gpu_bytes if num_bytes >= smallest]
         if len(larger) < min(sizes or [1]):
             break
-        found = layouts(larger, model, demand, split, sizes)[:1]
+        found = layouts(larger, model, demand, split, sizes, is_told=is_told)[:1]
         for layout in found:
             worth = 0.0 if chosen is None else WORTH_SAYING * chosen.requests_per_s
             if layout.num_requests and layout.requests_per_s > worth:
                 chosen, least_bytes = layout, smallest
-    return chosen or choose_layout(gpu_bytes, model, demand, split, sizes), least_bytes
+    if chosen is None:
+        chosen = choose_layout(gpu_bytes, model, demand, split, sizes, is_told=is_told)
+    return chosen, least_bytes
 
 
 def faster_layout(

@@ -16,6 +16,7 @@ from typing import Final
 
 from ragfleet.allocation import Allocation, allocate, usable_gpus
 from ragfleet.config import RunConfig
+from ragfleet.engines.vllm_options import told_gpus
 from ragfleet.errors import ConfigError, DeviceError, ModelError
 from ragfleet.gpu_locks import GpuLocks
 from ragfleet.inventory import GpuInventory, gib, reserved
@@ -240,8 +241,11 @@ def _auto_on_gpus(seating: Seating, sizes: list[int] | None) -> tuple[int, int, 
     """(workers, GPUs of each, the line with the sum, the GPUs without those that are too small)."""
     config, inventory = seating.config, seating.inventory
     gpus = usable_gpus(inventory, total_gpus=config.total_gpus, gpu_pick=config.gpu_pick)
+    told = told_gpus(config.engine_options) if seating.splits_heads and sizes is None else None
+    asked = f"--gpus_per_worker {sizes[0]}" if sizes else f"--engine_options, {told} a worker,"
+    sizes = [told] if told else sizes
     if sizes and sizes[0] > len(gpus):
-        raise DeviceError(f"--gpus_per_worker {sizes[0]} is more than the {len(gpus)} usable GPUs.")
+        raise DeviceError(f"{asked} is more than the {len(gpus)} usable GPUs.")
     model = _model_size(seating)
     if any(gpu.is_mig for gpu in gpus):
         sizes = [1]
@@ -250,10 +254,10 @@ def _auto_on_gpus(seating: Seating, sizes: list[int] | None) -> tuple[int, int, 
         num_gpus = sizes[0] if sizes else 1
         workers = len(gpus) // num_gpus
         unknown = "the model's size" if has_memory else "the GPUs' memory"
-        note = f"auto: {workers}×{num_gpus}: {unknown} is not known."
-        return workers, num_gpus, note, inventory
+        return workers, num_gpus, f"auto: {workers}×{num_gpus}: {unknown} is not known.", inventory
     free = [gpu.free_bytes for gpu in gpus]
-    layout, least = choose_gpus(free, model, _demand(seating), seating.split, sizes)
+    demand, is_told = _demand(seating), told is not None
+    layout, least = choose_gpus(free, model, demand, seating.split, sizes, is_told=is_told)
     note = f"auto: {layout.name}: {layout.arithmetic()}."
     small = [gpu for gpu in gpus if gpu.free_bytes < least]
     if small:

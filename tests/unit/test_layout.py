@@ -359,6 +359,34 @@ def test_vllm_is_told_of_the_split_that_auto_has_chosen(tmp_path: Path) -> None:
     assert told(alone, seat(alone)[1]) == {}
 
 
+@pytest.mark.parametrize(
+    ("options", "taken"),
+    [
+        ({"tensor_parallel_size": 2}, "4×2"),
+        ({"tensor_parallel_size": 2, "pipeline_parallel_size": 2}, "2×4"),
+        ({"pipeline_parallel_size": 3}, "2×3"),
+        ({"tensor_parallel_size": 1}, "8×1"),
+        ({"max_num_seqs": 8}, "8×1"),
+        ({"tensor_parallel_size": "2"}, "8×1"),  # which vLLM refuses
+    ],
+)
+def test_auto_gives_a_worker_the_gpus_that_vllm_is_told_of(
+    tmp_path: Path, options: dict[str, Any], taken: str
+) -> None:
+    asked = seating_of(tmp_path, fake_inventory(8, 80), engine_options=options)
+    workers, allocation, notes = seat(asked)
+    assert f"{workers}×{allocation.gpus_per_worker}" == taken
+    assert notes[0].startswith(f"auto: {taken}: ")
+    assert told(asked, allocation) == options
+
+
+def test_auto_refuses_more_gpus_than_there_are_for_what_vllm_is_told(tmp_path: Path) -> None:
+    options = {"tensor_parallel_size": 4}
+    few = seating_of(tmp_path, fake_inventory(2, 80), engine_options=options)
+    with pytest.raises(DeviceError, match="--engine_options, 4 a worker, is more than the 2"):
+        seat(few)
+
+
 def test_gpus_that_heads_do_not_split_over_are_no_reason_to_refuse(tmp_path: Path) -> None:
     asked = seating_of(tmp_path, fake_inventory(8, 80), gib_weights=100, gpus_per_worker=3)
     workers, allocation, notes = seat(asked)

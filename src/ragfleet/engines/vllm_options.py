@@ -11,6 +11,7 @@ import ast
 import difflib
 import importlib.metadata
 import importlib.util
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -76,6 +77,15 @@ _SPEED_ONLY: Final = frozenset(
     }
 )
 """Options like the number of workers: they may differ between a start and its resume."""
+
+
+def told_gpus(options: Mapping[str, Any]) -> int | None:
+    """How many GPUs --engine_options give each worker; None where they leave that open."""
+    sizes = [options.get(f"{kind}_parallel_size", 1) for kind in ("tensor", "pipeline")]
+    if not all(isinstance(size, int) and size > 0 for size in sizes):
+        return None  # vLLM says better what they must be
+    told = math.prod(sizes)
+    return told if told > 1 or "tensor_parallel_size" in options else None
 
 
 @dataclass(frozen=True, kw_only=True)

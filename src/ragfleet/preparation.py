@@ -300,6 +300,8 @@ def check_paths(config: RunConfig) -> None:
             raise OutputError(f"--output_file {output} is a folder; name a file in it.")
     except OSError as error:  # a name that no file can have
         raise OutputError(f"Can't write to {output}: {error.strerror}.") from None
+    if output.is_symlink() and not output.exists():
+        raise OutputError(f"--output_file {output} is a link to nothing; name the file itself.")
     if (output.exists() and not output.is_file()) or is_stream(output):
         raise OutputError(f"--output_file {output} is no ordinary file; name another one.")
     if len(os.fsencode(output.name)) > MOST_NAME_BYTES:

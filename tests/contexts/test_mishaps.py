@@ -127,6 +127,9 @@ def test_a_file_of_somebody_elses_is_left_alone(tmp_path: Path, corpus: Path) ->
     with pytest.raises(OutputError, match="not made by this command"):
         generate_contexts(options(tmp_path))
     assert (tmp_path / "out.jsonl").read_text() == "mine\n"
+    (tmp_path / "link.jsonl").symlink_to("elsewhere.jsonl")
+    with pytest.raises(OutputError, match="link to nothing"):
+        generate_contexts(options(tmp_path, output_file=tmp_path / "link.jsonl"))
     with pytest.raises(OutputError, match="queries file itself"):
         generate_contexts(options(tmp_path, output_file=tmp_path / "q.jsonl"))
 

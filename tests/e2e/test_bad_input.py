@@ -346,6 +346,11 @@ REFUSED = {
     "the output is a device": Refused(
         r"/dev/null is no ordinary file", (*ECHO, "--output_file", "/dev/null")
     ),
+    "the output is a link to nothing": Refused(
+        r"link\.jsonl is a link to nothing; name the file itself",
+        (*ECHO, "--output_file", "link.jsonl", "--overwrite"),
+        prepare=lambda d: (d / "link.jsonl").symlink_to("elsewhere.jsonl"),
+    ),
     "no prompt has room": Refused(
         r"--max_new_tokens 4,096 leaves no room for a prompt: the model takes 4,096 tokens",
         ("--model_path", "pocket", "--device", "cpu", "--max_new_tokens", "4096"),

@@ -140,6 +140,8 @@ def check_output(options: ContextsOptions, flag: str = "--output_file") -> None:
     output, log = options.output_file, options.log_folder / LOG_NAME
     if output.is_dir():
         raise OutputError(f"{flag} {output} is a folder; name a file in it.")
+    if output.is_symlink() and not output.exists():
+        raise OutputError(f"{flag} {output} is a link to nothing; name the file itself.")
     if output.exists() and output.samefile(options.queries_file):
         raise OutputError(f"{flag} is the queries file itself; name another file.")
     if output.exists() and not log.exists():

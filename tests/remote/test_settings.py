@@ -130,6 +130,8 @@ def test_a_key_is_not_shown() -> None:
     key = ApiKey(KEY)
     assert KEY not in f"{key} {key!r}"
     assert key.redact(f"bad {KEY}!") == "bad (API key)!"
+    assert key.redact(f"bad {KEY[:-1]}") == "bad (API key)", "where a long reply was cut"
+    assert key.redact("it begins with sk-") == "it begins with sk-"
     with pytest.raises(ConfigError) as caught:
         read_key(spec_of("openai"), {"OPENAI_API_KEY": f"{KEY} x"})
     assert KEY not in str(caught.value)

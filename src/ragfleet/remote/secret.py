@@ -36,7 +36,11 @@ class ApiKey:
         """The text without the key, should a server have repeated it."""
         if len(self._value) < _SHORTEST_SECRET:
             return text
-        return text.replace(self._value, _SHOWN)
+        text = text.replace(self._value, _SHOWN)
+        # Of a long reply only the beginning is kept, which may end within the key.
+        lengths = range(len(self._value) - 1, _SHORTEST_SECRET - 1, -1)
+        cut = next((num for num in lengths if text.endswith(self._value[:num])), 0)
+        return text[:-cut] + _SHOWN if cut else text
 
     def __repr__(self) -> str:
         return f"ApiKey({_SHOWN})"

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import ssl
+from types import SimpleNamespace
+from typing import NoReturn
 
 import pytest
 from driving import ask, drive
@@ -224,6 +227,22 @@ def test_an_address_where_nobody_listens(connect: Ask) -> None:
         "connection",
         "the connection failed: Connection refused",
     )
+
+
+def test_a_certificate_that_is_not_trusted_stops_the_run(
+    serve: Serve, connect: Ask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    aiohttp = pytest.importorskip("aiohttp")
+    untrusted = ssl.SSLCertVerificationError(1, "certificate verify failed")
+    untrusted.verify_message = "self-signed certificate"
+
+    def refuse(*_: object) -> NoReturn:
+        key = SimpleNamespace(host="127.0.0.1", port=443, is_ssl=True, ssl=True)
+        raise aiohttp.ClientConnectorCertificateError(key, untrusted) from untrusted
+
+    monkeypatch.setattr(aiohttp.TCPConnector, "_create_connection", refuse)
+    with pytest.raises(RemoteError, match=r"is not trusted \(self-signed certificate\)"):
+        drive(connect(serve()), [ask(1)])
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # how the SDK tells aiohttp of it

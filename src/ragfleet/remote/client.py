@@ -150,8 +150,10 @@ class ApiClient:
         reason = ""
         cause: BaseException | None = error
         while cause is not None:
-            if isinstance(cause, ssl.SSLCertVerificationError):
-                message = f"the server's certificate is not trusted ({cause.verify_message})"
+            # aiohttp's own has no words, and the one with words as its cause.
+            words = getattr(cause, "verify_message", None)
+            if isinstance(cause, ssl.SSLCertVerificationError) and words is not None:
+                message = f"the server's certificate is not trusted ({words})"
                 return Fault(error_type="certificate", message=message, remedy="stop")
             if isinstance(cause, TimeoutError):
                 return self._too_late()

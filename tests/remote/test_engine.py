@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import ssl
+from pathlib import Path
 from types import SimpleNamespace
 from typing import NoReturn
 
@@ -13,7 +14,7 @@ from driving import ask, drive
 from fake_server import FAULTS, KEY, Ask, Serve, answer_to, prompt_of
 
 from ragfleet.engines.protocol import Completion, Failure
-from ragfleet.errors import RemoteError
+from ragfleet.errors import ConfigError, RemoteError
 
 NUM = 60
 
@@ -227,6 +228,29 @@ def test_an_address_where_nobody_listens(connect: Ask) -> None:
         "connection",
         "the connection failed: Connection refused",
     )
+
+
+@pytest.mark.parametrize("proxy", ["garbage:::x", "ftp://h:1", "http://user:secret/word@h:1"])
+def test_a_proxy_that_is_no_address_is_no_death_of_a_worker(
+    serve: Serve, connect: Ask, monkeypatch: pytest.MonkeyPatch, proxy: str
+) -> None:
+    monkeypatch.setenv("HTTP_PROXY", proxy)
+    with pytest.raises(ConfigError, match="see HTTP_PROXY") as caught:
+        connect(serve())
+    assert "secret" not in str(caught.value)
+
+
+def test_certificates_that_are_not_there_are_named(
+    serve: Serve, connect: Ask, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "none.pem"))
+    with pytest.raises(
+        ConfigError, match=r"SSL_CERT_FILE or SSL_CERT_DIR can't be read: .*No such"
+    ):
+        connect(serve())
+    (tmp_path / "none.pem").write_text("no certificate")
+    with pytest.raises(ConfigError, match="SSL_CERT_FILE or SSL_CERT_DIR can't be read"):
+        connect(serve())
 
 
 def test_a_certificate_that_is_not_trusted_stops_the_run(

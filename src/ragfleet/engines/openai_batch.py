@@ -75,8 +75,8 @@ class OpenAIBatchEngine:
 
     def start(self) -> EngineInfo:
         remote = self._remote
-        self._loop = asyncio.new_event_loop()
         self._client = ApiClient(remote, read_key(remote, os.environ), _CALL_TIMEOUT_S)
+        self._loop = asyncio.new_event_loop()
         self._api = BatchApi(remote, self._client)
         self._journal = Journal(self._directory)
         for part in self._journal.parts.values():

@@ -75,8 +75,8 @@ class OpenAICompatibleEngine:
         spec, remote = self._spec, self._remote
         key = read_key(remote, os.environ)
         self._timeout_s = spec.request_timeout_s or _TIMEOUT_S
-        self._loop = asyncio.new_event_loop()
         self._client = ApiClient(remote, key, self._timeout_s)
+        self._loop = asyncio.new_event_loop()
         path = None if spec.shared_dir is None else spec.shared_dir / NAME
         budget = budget_of(remote, spec.num_workers, self._timeout_s, self._window_s)
         self._account = LedgerFile(path, budget, spec.num_workers, spec.rank)

@@ -51,9 +51,19 @@ class ApiClient:
         )
         timeout = httpx.Timeout(timeout_s, connect=_CONNECT_S)
         try:
-            http = openai.DefaultAioHttpClient(limits=limits, timeout=timeout)
-        except (RuntimeError, AttributeError):  # without aiohttp
-            http = openai.DefaultAsyncHttpxClient(limits=limits, timeout=timeout)
+            try:
+                http = openai.DefaultAioHttpClient(limits=limits, timeout=timeout)
+            except (RuntimeError, AttributeError):  # without aiohttp
+                http = openai.DefaultAsyncHttpxClient(limits=limits, timeout=timeout)
+        except (httpx.InvalidURL, ValueError, ImportError):  # whose words may hold a password
+            raise ConfigError(
+                "A proxy of the environment is no address that can be used; see HTTP_PROXY,"
+                " HTTPS_PROXY and ALL_PROXY."
+            ) from None
+        except OSError as error:
+            raise ConfigError(
+                f"The certificates of SSL_CERT_FILE or SSL_CERT_DIR can't be read: {error}"
+            ) from None
         # The SDK would send these from the environment to any server.
         own = {"OpenAI-Organization": openai.Omit(), "OpenAI-Project": openai.Omit()}
         is_openai = spec.base_url == PROVIDERS["openai"].base_url

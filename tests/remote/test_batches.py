@@ -311,7 +311,7 @@ def test_exported_requests_and_imported_replies_make_the_same_rows(
     assert str(config.output_file) in then
     replies = tmp_path / "replies.jsonl"
     lines = requests.read_bytes().splitlines()
-    replies.write_bytes(answer_lines(server, lines[:15]) + b'{"torn')
+    replies.write_bytes(b"\xef\xbb\xbf" + answer_lines(server, lines[:15]) + b'{"torn')
     said = import_replies(config.output_file, replies)
     assert said[0] == "15 replies taken (0 of them failures)"
     assert "15 requests remain" in said[-1]

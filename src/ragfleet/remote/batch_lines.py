@@ -6,6 +6,7 @@ and answers, and `ragfleet import` takes.
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -61,4 +62,6 @@ def key_of_request(line: bytes) -> RequestKey:
 
 def lines_of(path: Path) -> Iterator[bytes]:
     with open(path, "rb") as file:
+        if file.read(len(codecs.BOM_UTF8)) != codecs.BOM_UTF8:  # an editor's
+            file.seek(0)
         yield from file

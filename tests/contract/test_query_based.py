@@ -111,6 +111,16 @@ def test_create_prompt_sees_the_trimmed_context(start: Make) -> None:
     assert prepared.prompt.count("r-1: What is it? (rag_fallback)\nword word") == 1
 
 
+def test_a_prompt_that_asks_for_an_answer_takes_none_of_the_others(start: Make) -> None:
+    requests = [ask(1), ask(2, "ASK"), ask(3)]
+    outcomes = drive(start("transformers", "Prompt"), requests)
+    failure = outcomes[requests[1].key]
+    assert isinstance(failure, Failure)
+    assert failure.error_type == "generation_error"
+    assert "create_prompt and setup() can't ask for an answer" in failure.error
+    assert all(isinstance(outcomes[requests[n].key], Completion) for n in (0, 2))
+
+
 def test_a_kind_of_string_is_its_text(start: Make) -> None:
     for user_class in ("KindOfString", "KindOfStringAsync"):
         outcome = drive(start("echo", user_class), [ask(1)])[ask(1).key]

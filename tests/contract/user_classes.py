@@ -54,6 +54,8 @@ class Prompt(QueryBasedInference):
             raise LookupError("no such page")
         if "NUMBER" in query:
             return 42
+        if "ASK" in query:
+            return self.generate_answer("Say it shorter", context, retrieval_method)
         return f"{self.record['id']}: {query} ({retrieval_method})\n{context}"
 
 

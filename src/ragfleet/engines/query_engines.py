@@ -242,6 +242,13 @@ class PromptEngine(QueryBasedEngine):
         self._engine = self._inner
         return dataclasses.replace(info, name=f"{self._name}: {info.name}")
 
+    def answer(self, query: str, context: str, retrieval_method: str | None) -> str:
+        """Not here: the inner engine has other requests, whose answers would be taken for this."""
+        raise RuntimeError(
+            "create_prompt and setup() can't ask for an answer: do it in a generate_answer of your"
+            " own, and give its super().generate_answer what comes out"
+        )
+
     def prepare(self, request: Request) -> Prepared | Failure:
         token = current.set(Current(request))
         try:

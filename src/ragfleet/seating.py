@@ -298,7 +298,7 @@ def _faster(seating: Seating, allocation: Allocation) -> list[str]:
         )
     except DeviceError:  # partly held GPUs, with room enough for what was asked for
         return []
-    if any(gpu.is_mig for gpu in usable):
+    if any(gpu.is_mig for gpu in usable) or told_gpus(config.engine_options):
         return []
     demand, taken = _demand(seating), allocation.gpus_per_worker
     free = [gpu.free_bytes for gpu in given]

@@ -380,6 +380,13 @@ def test_auto_gives_a_worker_the_gpus_that_vllm_is_told_of(
     assert told(asked, allocation) == options
 
 
+def test_no_other_split_is_praised_to_who_told_vllm_of_one(tmp_path: Path) -> None:
+    options = {"tensor_parallel_size": 2}
+    machine = fake_inventory(8, 80)
+    assert seat(seating_of(tmp_path, machine, num_workers=4, engine_options=options))[2] == []
+    assert seat(seating_of(tmp_path, machine, num_workers=4))[2] != []
+
+
 def test_auto_refuses_more_gpus_than_there_are_for_what_vllm_is_told(tmp_path: Path) -> None:
     options = {"tensor_parallel_size": 4}
     few = seating_of(tmp_path, fake_inventory(2, 80), engine_options=options)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Final, Literal
 
 from ragfleet.allocation import tensor_parallel_size, threads_of
@@ -200,32 +201,6 @@ def engine_gpus(gpu_bytes: Sequence[int], model: ModelSize, num_gpus: int) -> in
     return next((size for size in sizes if model.weights_bytes <= size * room), sizes[-1])
 
 
-def choose_layout(
-    gpu_bytes: Sequence[int],
-    model: ModelSize,
-    demand: Demand,
-    split: Split = "heads",
-    sizes: Sequence[int] | None = None,
-    *,
-    is_told: bool = False,
-) -> Layout:
-    """The first of `layouts`. Raises DeviceError with the sums when none does."""
-    found = layouts(gpu_bytes, model, demand, split, sizes, is_told=is_told)
-    if found and found[0].num_requests:
-        return found[0]
-    sums = [
-        f"  {layout.num_gpus} GPU(s) a worker: {layout.arithmetic()}"
-        for layout in sorted(found, key=lambda layout: layout.num_gpus)
-    ]
-    missing = "" if split == "layers" else _not_dividing(model, len(gpu_bytes))
-    raise DeviceError(
-        f"The model does not fit {len(gpu_bytes)} GPU(s), however it is split; for each GPU:\n"
-        + "\n".join(sums)
-        + missing
-        + "\nTake a smaller or quantised model, more GPUs, or --device cpu."
-    )
-
-
 def choose_gpus(
     gpu_bytes: Sequence[int],
     model: ModelSize,
@@ -235,21 +210,36 @@ def choose_gpus(
     *,
     is_told: bool = False,
 ) -> tuple[Layout, int]:
-    """(the layout, the least memory that its GPUs have): the smallest GPU decides how much each is
-    given, so it is left out where the others do clearly more without. Raises as `choose_layout`."""
+    """(the first of `layouts`, the least memory that its GPUs have).
+
+    The smallest GPU decides how much each is given, so it is left out where the others do clearly
+    more without. Raises DeviceError with the sums when nothing fits.
+    """
     chosen, least_bytes = None, 0
+    split_up = partial(
+        layouts, model=model, demand=demand, split=split, sizes=sizes, is_told=is_told
+    )
     for smallest in sorted(set(gpu_bytes)):
         larger = [num_bytes for num_bytes in gpu_bytes if num_bytes >= smallest]
         if len(larger) < min(sizes or [1]):
             break
-        found = layouts(larger, model, demand, split, sizes, is_told=is_told)[:1]
-        for layout in found:
-            worth = 0.0 if chosen is None else WORTH_SAYING * chosen.requests_per_s
-            if layout.num_requests and layout.requests_per_s > worth:
-                chosen, least_bytes = layout, smallest
-    if chosen is None:
-        chosen = choose_layout(gpu_bytes, model, demand, split, sizes, is_told=is_told)
-    return chosen, least_bytes
+        found = split_up(larger)
+        worth = 0.0 if chosen is None else WORTH_SAYING * chosen.requests_per_s
+        if found and found[0].num_requests and found[0].requests_per_s > worth:
+            chosen, least_bytes = found[0], smallest
+    if chosen is not None:
+        return chosen, least_bytes
+    sums = [
+        f"  {layout.num_gpus} GPU(s) a worker: {layout.arithmetic()}"
+        for layout in sorted(split_up(gpu_bytes), key=lambda layout: layout.num_gpus)
+    ]
+    missing = "" if split == "layers" else _not_dividing(model, len(gpu_bytes))
+    raise DeviceError(
+        f"The model does not fit {len(gpu_bytes)} GPU(s), however it is split; for each GPU:\n"
+        + "\n".join(sums)
+        + missing
+        + "\nTake a smaller or quantised model, more GPUs, or --device cpu."
+    )
 
 
 def faster_layout(

@@ -21,7 +21,7 @@ from ragfleet.launchers.torchrun import TorchrunRank
 from ragfleet.layout import (
     Demand,
     ModelSize,
-    choose_layout,
+    choose_gpus,
     cpu_workers,
     divides,
     faster_layout,
@@ -97,13 +97,13 @@ def test_the_cache_of_a_token_is_what_the_shapes_say() -> None:
 def test_the_fastest_split_that_fits(
     model: ModelSize, num_gpus: int, gib_each: int, expected: str
 ) -> None:
-    layout = choose_layout([gib_each * GIB] * num_gpus, model, DEMAND)
+    layout, _ = choose_gpus([gib_each * GIB] * num_gpus, model, DEMAND)
     assert layout.name == expected
     assert layout.num_requests >= 1
 
 
 def test_the_sum_is_shown_and_right() -> None:
-    layout = choose_layout([80 * GIB] * 8, QWEN_7B, DEMAND)
+    layout, _ = choose_gpus([80 * GIB] * 8, QWEN_7B, DEMAND)
     assert layout.arithmetic() == (
         "weights 14.2 GiB + activations 1.9 GiB + KV of 64 × 2,512 tokens 8.6 GiB"
         " = 24.6 GiB of 72.0 GiB usable"
@@ -112,7 +112,7 @@ def test_the_sum_is_shown_and_right() -> None:
 
 def test_nothing_fits_is_refused_with_every_sum() -> None:
     with pytest.raises(DeviceError) as caught:
-        choose_layout([80 * GIB] * 8, LLAMA_405B, DEMAND)
+        choose_gpus([80 * GIB] * 8, LLAMA_405B, DEMAND)
     text = str(caught.value)
     assert "does not fit 8 GPU(s)" in text
     for num_gpus in (1, 2, 4, 8):
@@ -125,8 +125,8 @@ def test_layers_that_take_turns_are_no_faster_on_more_gpus() -> None:
     one = layout_of([80 * GIB] * 8, QWEN_7B, DEMAND, 8, 1, "layers")
     two = layout_of([80 * GIB] * 8, QWEN_7B, DEMAND, 4, 2, "layers")
     assert two.requests_per_s == pytest.approx(one.requests_per_s / 2)
-    assert choose_layout([40 * GIB] * 7, LLAMA_8B, DEMAND, "layers").name == "7×1"
-    assert choose_layout([12 * GIB] * 7, LLAMA_8B, DEMAND, "layers").num_gpus == 2
+    assert choose_gpus([40 * GIB] * 7, LLAMA_8B, DEMAND, "layers")[0].name == "7×1"
+    assert choose_gpus([12 * GIB] * 7, LLAMA_8B, DEMAND, "layers")[0].num_gpus == 2
 
 
 @pytest.mark.parametrize(
@@ -138,7 +138,7 @@ def test_layers_are_spread_for_room_alone(gib_each: float, prompt_tokens: int, n
     with two requests at once shares nothing either."""
     demand = Demand(num_requests=64, prompt_tokens=prompt_tokens, answer_tokens=512)
     gpus = [int(gib_each * GIB)] * 2
-    assert choose_layout(gpus, LLAMA_8B, demand, "layers").name == name
+    assert choose_gpus(gpus, LLAMA_8B, demand, "layers")[0].name == name
     alone = layout_of(gpus, LLAMA_8B, demand, 2, 1, "layers")
     line = faster_layout(alone, layouts(gpus, LLAMA_8B, demand, "layers"))
     assert (line is None) == (name == "2×1")
@@ -146,7 +146,7 @@ def test_layers_are_spread_for_room_alone(gib_each: float, prompt_tokens: int, n
 
 def test_a_large_batch_that_is_asked_for_does_not_keep_a_model_out() -> None:
     demand = Demand(num_requests=8192, prompt_tokens=2000, answer_tokens=512)
-    chosen = choose_layout([24 * GIB], LLAMA_8B, demand, "layers")
+    chosen, _ = choose_gpus([24 * GIB], LLAMA_8B, demand, "layers")
     each = demand.tokens_per_request * chosen.kv_bytes_per_token + chosen.logits_bytes
     room = chosen.usable_bytes - chosen.weights_bytes - chosen.activation_bytes
     assert chosen.num_requests == room // each > 0
@@ -178,12 +178,16 @@ def test_what_is_chosen_fits_and_nothing_that_fits_is_faster(
 ) -> None:
     demand = Demand(num_requests=wanted, prompt_tokens=1000, answer_tokens=200)
     gpus = [gib * GIB for gib in gib_each]
-    found = layouts(gpus, model, demand, split)
+    larger = [[one for one in gpus if one >= least] for least in set(gpus)]
+    firsts = [layouts(some, model, demand, split)[0] for some in larger]
     try:
-        chosen = choose_layout(gpus, model, demand, split)
+        chosen, least = choose_gpus(gpus, model, demand, split)
     except DeviceError:
-        assert all(layout.num_requests == 0 for layout in found)
+        assert all(layout.num_requests == 0 for layout in firsts)
         return
+    assert all(one.requests_per_s <= 1.15 * chosen.requests_per_s for one in firsts)
+    gpus = [one for one in gpus if one >= least]
+    found = layouts(gpus, model, demand, split)
     assert chosen.num_workers * chosen.num_gpus <= len(gpus)
     assert split == "layers" or divides(model, chosen.num_gpus)
     cache = chosen.num_requests * demand.tokens_per_request * chosen.kv_bytes_per_token

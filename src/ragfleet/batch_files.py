@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 
 from ragfleet.config import RunConfig
-from ragfleet.earlier_files import finished_before, move_away
+from ragfleet.earlier_files import finished_before, lacks_shards, move_away
 from ragfleet.engines.protocol import Failure, Request, SamplingParams
 from ragfleet.errors import ConfigError, InputError, StorageError, UsageError
 from ragfleet.identity import RunFile, write_run_file
 from ragfleet.index import read_lines
-from ragfleet.inspection import MergeOptions, lacks_shards, merge_now, run_of
+from ragfleet.inspection import MergeOptions, merge_now, run_of
 from ragfleet.launch import RunPaths
 from ragfleet.outcomes import record_seed
 from ragfleet.planning import find_finished, index_contexts, selection_of

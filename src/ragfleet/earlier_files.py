@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from ragfleet.claims import Board, ClaimStore
 from ragfleet.errors import OutputError
-from ragfleet.identity import check_same_run, check_truncation
+from ragfleet.identity import RunFile, check_same_run, check_truncation
 from ragfleet.launch import LaunchPaths, RunPaths
 from ragfleet.planning import Finished, Indexed
 from ragfleet.preparation import Preparation
@@ -40,10 +40,10 @@ def check_output(preparation: Preparation, num_answers: int) -> None:
             f"{paths.directory} belongs to {run_file.output_name}; two outputs whose names"
             " differ only in their ending can't share it. Take another --output_file."
         )
-    if not num_answers and run_file.merged is None:
-        return  # nothing depends on the earlier start's settings
-    if not num_answers and run_file.merged is not None:  # shards that were removed
-        num_answers = run_file.merged["statistics"]["succeeded"]
+    if not num_answers:
+        if run_file.merged is None:
+            return  # nothing depends on the earlier start's settings
+        num_answers = run_file.merged["statistics"]["succeeded"]  # their shards were removed
     check_same_run(run_file, preparation.identity, paths.output_file, num_answers)
     truncation = [config.truncate_context, config.max_model_len]
     check_truncation(run_file, truncation, paths.output_file)
@@ -70,10 +70,20 @@ def merged_without_shards(
     return merged
 
 
+def lacks_shards(run_file: RunFile, indexed: Indexed, finished: Finished) -> bool:
+    """Whether a run is merged as it is now, and its shards were removed then: all, or those that a
+    kill left time for. Not where a copy of them was put back."""
+    merged = run_file.merged
+    if not merged or not merged["shards_removed"] or merged["digest"] != indexed.digest():
+        return False
+    return not finished.shards or bool((indexed.requests & ~finished.mask(indexed)).any())
+
+
 def finished_before(
     preparation: Preparation, indexed: Indexed, finished: Finished
 ) -> NDArray[np.bool_]:
-    """[num_records] Which requests need not be answered. Raises OutputError as the two above."""
+    """[num_records] Which requests need not be answered. Raises OutputError as `check_output` and
+    `merged_without_shards`."""
     retry_failed = preparation.config.retry_failed
     check_output(preparation, len(finished.winners.answers))
     if merged_without_shards(preparation, indexed, retry_failed):

@@ -16,7 +16,7 @@ import numpy as np
 from ragfleet.accounting import estimate_lines
 from ragfleet.beats import read_beats
 from ragfleet.config import PlanConfig
-from ragfleet.earlier_files import finished_before
+from ragfleet.earlier_files import finished_before, lacks_shards
 from ragfleet.errors import OutputError, UsageError, WorkersFailed
 from ragfleet.estimates import plan_requests
 from ragfleet.header import header_lines
@@ -163,15 +163,6 @@ def status_lines(options: OutputOptions) -> list[str]:
                 f" failed, {beat.in_flight:,} in flight (last word of this process)"
             )
     return lines
-
-
-def lacks_shards(run_file: RunFile, indexed: Indexed, finished: Finished) -> bool:
-    """Whether a run is merged as it is now, and its shards were removed then: all, or those that a
-    kill left time for. Not where a copy of them was put back."""
-    merged = run_file.merged
-    if not merged or not merged["shards_removed"] or merged["digest"] != indexed.digest():
-        return False
-    return not finished.shards or bool((indexed.requests & ~finished.mask(indexed)).any())
 
 
 def _without_shards(

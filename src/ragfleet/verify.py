@@ -17,10 +17,11 @@ from typing import Any, Final
 
 import msgspec
 
+from ragfleet.earlier_files import lacks_shards
 from ragfleet.errors import InputError, OutputError
 from ragfleet.identity import RunFile
 from ragfleet.index import Kind
-from ragfleet.inspection import lacks_shards, run_of
+from ragfleet.inspection import run_of
 from ragfleet.merge import UNFINISHED, merged_rows
 from ragfleet.plain_text import one_line
 from ragfleet.planning import Indexed, find_finished, index_contexts

@@ -63,7 +63,7 @@ class Graphs:
         names = ("_cuda_endAllocateToPool", "_cuda_endAllocateCurrentStreamToPool")  # torch < 2.8
         end = next((getattr(torch._C, name) for name in names if hasattr(torch._C, name)), None)
         if end is not None:
-            with suppress(Exception):  # where it was told
+            with suppress(Exception):  # it was told already; private, it can refuse in other ways
                 end(torch.cuda.current_device(), self._pool)
 
     def _captured(self, step: Step) -> Step:

@@ -215,7 +215,7 @@ class SharedPrefixLoop:
         try:
             self._make_cache()
             return True
-        except Exception as error:  # the CPU's allocator raises a plain RuntimeError
+        except (RuntimeError, MemoryError) as error:  # the CPU's allocator has no error of its own
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
         keys = self._scheduler.take_waiting()
         what = "plain batches at times, for want of memory for keys and values"

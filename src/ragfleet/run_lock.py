@@ -25,6 +25,8 @@ from ragfleet.leftovers import Starter, end_tagged, tag
 
 _WAIT_S: Final = 5.0
 """Workers of a killed run end with it; this is more than they take."""
+_OPENINGS: Final = 5
+"""Starts that are refused at the same moment are few; a link to nowhere stays one."""
 
 
 class RunLock:
@@ -68,19 +70,25 @@ class RunLock:
         return self
 
     def _open(self) -> None:
+        for attempt in range(_OPENINGS):
+            wanted = self._paths.directory
+            try:
+                self._make_folders()
+                wanted = self._paths.lock
+                self.fd = os.open(wanted, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+                return
+            except OSError as error:
+                # Another start, refused, may have taken its new folders back in between.
+                if not isinstance(error, FileNotFoundError) or attempt == _OPENINGS - 1:
+                    raise OutputError(f"Can't create {wanted}: {error.strerror}.") from None
+
+    def _make_folders(self) -> None:
         directory = self._paths.directory
-        try:
-            for folder in (directory.parent, directory):
-                if not folder.exists():
-                    with contextlib.suppress(FileExistsError):  # another start was quicker
-                        folder.mkdir(mode=self._mode, parents=True)
-                        self._made.append(folder)
-        except OSError as error:
-            raise OutputError(f"Can't create {directory}: {error.strerror}.") from None
-        try:
-            self.fd = os.open(self._paths.lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        except OSError as error:
-            raise OutputError(f"Can't create {self._paths.lock}: {error.strerror}.") from None
+        for folder in (directory.parent, directory):
+            if not folder.exists():
+                with contextlib.suppress(FileExistsError):  # another start was quicker
+                    folder.mkdir(mode=self._mode, parents=True)
+                    self._made.append(folder)
 
     def _is_current(self) -> bool:
         """Whether what is locked is still the file of that name: a refused start takes its new one

@@ -186,6 +186,27 @@ def test_of_two_first_starts_one_makes_the_folder(
     assert paths.lock.exists(), "what the other one made is not this one's to remove"
 
 
+@pytest.mark.parametrize("times", [1, 99])
+def test_a_folder_that_another_takes_back_is_made_again(
+    times: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = RunPaths(tmp_path / "out.jsonl")
+    left, open_ = iter(range(times)), os.open
+
+    def opened(path: Any, *how: Any, **more: Any) -> int:
+        if path == paths.lock and next(left, None) is not None:
+            paths.directory.rmdir()  # the other one, refused just now
+        return open_(path, *how, **more)
+
+    monkeypatch.setattr("ragfleet.run_lock.os.open", opened)
+    if times == 1:
+        with RunLock(paths, "second"):
+            assert holder_of(paths)
+    else:
+        with pytest.raises(OutputError, match=r"Can't create .*lock: No such file"):
+            RunLock(paths, "second").__enter__()
+
+
 def test_only_what_is_certainly_dead_is_dead() -> None:
     me = Starter.this("x")
     assert not me.is_dead()

@@ -32,9 +32,7 @@ def parse_config(
             "An API key is not given as a flag, where others can read it: set it in the"
             " environment (OPENAI_API_KEY, TOGETHER_API_KEY, HF_TOKEN) or use --api_key_file."
         )
-    config_file, arguments = take_config_option(arguments)
-    if config_file is not None:
-        arguments = [*toml_arguments(Path(config_file), kind or RunConfig), *arguments]
+    arguments = with_config_file(arguments, kind or RunConfig)
     names = {text.partition("=")[0].replace("-", "_") for text in arguments}
     if plan and "__output_file" not in names:
         arguments = ["--output_file", "results.jsonl", *arguments]
@@ -91,7 +89,15 @@ def _registry() -> Any:
     return registry
 
 
-def take_config_option(arguments: list[str]) -> tuple[str | None, list[str]]:
+def with_config_file(arguments: Sequence[str], *kinds: type[Any]) -> list[str]:
+    """The options, after those of `--config FILE.toml`: the later of two equal ones wins."""
+    config_file, arguments = _take_config_option(list(arguments))
+    if config_file is None:
+        return arguments
+    return [*_toml_arguments(Path(config_file), *kinds), *arguments]
+
+
+def _take_config_option(arguments: list[str]) -> tuple[str | None, list[str]]:
     for number, text in enumerate(arguments):
         if text == "--config":
             if number + 1 == len(arguments):
@@ -102,8 +108,8 @@ def take_config_option(arguments: list[str]) -> tuple[str | None, list[str]]:
     return None, arguments
 
 
-def toml_arguments(path: Path, *kinds: type[Any]) -> list[str]:
-    """The options a TOML file stands for; those of the command line come later and win."""
+def _toml_arguments(path: Path, *kinds: type[Any]) -> list[str]:
+    """The options a TOML file stands for."""
     import dataclasses
     import difflib
     import json

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from ragfleet.arguments import parse, parse_config, take_config_option, toml_arguments
+from ragfleet.arguments import parse, parse_config, with_config_file
 from ragfleet.cli import interrupt_on_signals
 from ragfleet.errors import ConfigError
 from ragfleet.monitor.console import Console
@@ -103,9 +103,7 @@ def _check(arguments: list[str]) -> int:
 def contexts(arguments: list[str]) -> int:
     from ragfleet.contexts.options import ContextsOptions
 
-    config_file, arguments = take_config_option(arguments)
-    if config_file is not None:
-        arguments = [*toml_arguments(Path(config_file), ContextsOptions), *arguments]
+    arguments = with_config_file(arguments, ContextsOptions)
     options = parse(ContextsOptions, arguments, "ragfleet contexts")
     if options is None:
         return 0
@@ -121,10 +119,7 @@ def pipeline(arguments: list[str]) -> int:
     from ragfleet.config import RunConfig
     from ragfleet.pipeline import PipelineOptions, run_pipeline
 
-    config_file, arguments = take_config_option(arguments)
-    if config_file is not None:
-        settings = toml_arguments(Path(config_file), PipelineOptions, RunConfig)
-        arguments = [*settings, *arguments]
+    arguments = with_config_file(arguments, PipelineOptions, RunConfig)
     own, rest = split_arguments(arguments, PipelineOptions)
     if set(rest) & {"-h", "--help"}:
         own = ["--help"]

@@ -11,7 +11,7 @@ from typing import NoReturn
 
 import pytest
 from driving import ask, drive
-from fake_server import FAULTS, KEY, Ask, Serve, answer_to, prompt_of
+from fake_server import FAULTS, KEY, Ask, Reply, Serve, answer_to, prompt_of
 
 from ragfleet.engines.protocol import Completion, Failure
 from ragfleet.errors import ConfigError, RemoteError
@@ -91,6 +91,19 @@ def test_what_no_request_can_mend_stops_the_run(
     with pytest.raises(RemoteError, match=says) as caught:
         drive(engine, [ask(number) for number in range(5)])
     assert KEY not in str(caught.value)
+
+
+@pytest.mark.parametrize("status", [301, 302, 307, 308])
+def test_prompts_follow_no_redirect(serve: Serve, connect: Ask, status: int) -> None:
+    server, other = serve(), serve()
+    headers = {"location": f"{other.base_url}/chat/completions?{KEY}"}
+    server.routes["POST", "/v1/chat/completions"] = lambda *_: Reply(status, {}, headers)
+    with pytest.raises(
+        RemoteError, match=rf"redirects to {other.base_url}/chat[^?]+--base_url"
+    ) as said:
+        drive(connect(server), [ask(1)])
+    assert KEY not in str(said.value)
+    assert not other.keys
 
 
 def test_models_that_want_another_length_field(serve: Serve, connect: Ask) -> None:

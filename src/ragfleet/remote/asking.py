@@ -99,6 +99,10 @@ def stop_error(spec: RemoteSpec, fault: Fault) -> RemoteError:
             f"Check the model's name (--api_model_name {spec.model}) and --base_url; for chat"
             f" models --api_format is chat.{version}"
         ),
+        "redirected": (
+            "Prompts are sent to no other address than the one named. If that is the right one,"
+            " name it with --base_url."
+        ),
         "quota": f"The account behind {key} has no credit or quota left.",
         "certificate": "Name a bundle with the issuer's certificate in SSL_CERT_FILE.",
     }

@@ -35,6 +35,9 @@ except ImportError as error:
     ) from None
 
 _CONNECT_S = 20.0
+_STAY = {"follow_redirects": False}
+"""Prompts go to the server that the user named: to no other, and never as the GET that a redirect
+turns a POST into."""
 _CHATTY = ("openai", "httpx", "httpx2", "httpcore", "httpcore2", "aiohttp")
 
 
@@ -91,7 +94,7 @@ class ApiClient:
         try:
             async with asyncio.timeout(self._timeout_s):
                 response = await self.sdk.post(
-                    path or self._spec.path, body=body, cast_to=httpx.Response
+                    path or self._spec.path, body=body, cast_to=httpx.Response, options=_STAY
                 )
                 headers = response.headers
                 verdict = read(response.status_code, headers, response.content)
@@ -118,7 +121,7 @@ class ApiClient:
         if method == "GET":
             return await self._bytes_of(self.sdk.get(path, cast_to=httpx.Response, options=options))
         return await self._bytes_of(
-            self.sdk.post(path, cast_to=httpx.Response, body=body, options=options)
+            self.sdk.post(path, cast_to=httpx.Response, body=body, options={**options, **_STAY})
         )
 
     async def upload(
@@ -126,7 +129,7 @@ class ApiClient:
     ) -> bytes | Fault:
         """A file as multipart/form-data."""
         parts = [("file", (name, file.read_bytes(), "application/jsonl"))]
-        options = {"headers": {"Content-Type": "multipart/form-data"}}
+        options = {"headers": {"Content-Type": "multipart/form-data"}, **_STAY}
         return await self._bytes_of(
             self.sdk.post(
                 path, cast_to=httpx.Response, body=dict(form), files=parts, options=options

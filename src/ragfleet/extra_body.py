@@ -1,7 +1,8 @@
 """What `--extra_body` may not say: the fields of a request that ragfleet sets, and counts on.
 
 They would win over what the flags ask: another length than --max_cost reckons with, another prompt
-than the record's, replies in a form that nobody reads.
+than the record's, replies in a form that nobody reads. Nor keys: a command line can be read by
+everybody on the machine, and a run's settings are written down.
 """
 
 from __future__ import annotations
@@ -31,15 +32,27 @@ _RESERVED: Final[Mapping[str, str]] = {
     "temperature": "--temperature",
     "top_p": "--top_p",
 }
+_SECRETS: Final = frozenset(
+    {"apikey", "authorization", "accesstoken", "authtoken", "bearertoken", "password", "secret"}
+)
+"""In lower case, without what stands between words."""
 
 
 def check_extra_body(body: Mapping[str, Any]) -> None:
-    """Raises ConfigError for a field that is ragfleet's to set, and for what JSON can't hold."""
+    """Raises ConfigError for a field that is ragfleet's to set, for a key, and for what JSON can't
+    hold.
+    """
     for name, value in body.items():
         if name in _RESERVED:
             flag = _RESERVED[name]
             use = f"use {flag} instead" if flag else "leave it out"
             raise ConfigError(f"--extra_body: ragfleet sets {name} itself; {use}.")
+        secret = _secret_in(name, value)
+        if secret is not None:
+            raise ConfigError(
+                f"--extra_body: {secret} looks like a key, and this is written into the run's"
+                " settings; keys belong into the environment or --api_key_file."
+            )
         if not _is_finite(value):
             raise ConfigError(
                 f"--extra_body: {name} holds NaN or a number beyond a float's range, which JSON"
@@ -53,3 +66,14 @@ def _is_finite(value: Any) -> bool:
     if isinstance(value, Mapping):
         return all(map(_is_finite, value.values()))
     return not isinstance(value, list | tuple) or all(map(_is_finite, value))
+
+
+def _secret_in(name: str, value: Any) -> str | None:
+    """The first name, at any depth, of what nobody else may read."""
+    if "".join(filter(str.isalnum, name)).lower() in _SECRETS:
+        return name
+    if isinstance(value, Mapping):
+        return next(filter(None, (_secret_in(str(key), item) for key, item in value.items())), None)
+    if isinstance(value, list | tuple):
+        return next(filter(None, (_secret_in("", item) for item in value)), None)
+    return None

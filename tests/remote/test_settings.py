@@ -72,6 +72,17 @@ def test_every_row_of_the_table_can_be_configured() -> None:
         ({"inference_type": "openai", "extra_body": {"n": 2}}, "sets n itself; leave it out"),
         ({"inference_type": "openai", "extra_body": {"a": [{"b": float("nan")}]}}, "a holds NaN"),
         ({"inference_type": "openai", "extra_body": {"a": float("inf")}}, "a holds NaN"),
+        (
+            {"inference_type": "openai", "extra_body": {"Api-Key": "pw"}},
+            "Api-Key looks like a key.*belong into the environment",
+        ),
+        (
+            {
+                "inference_type": "openai",
+                "extra_body": {"a": [{"headers": {"access_token": "pw"}}]},
+            },
+            "access_token looks like a key",
+        ),
     ],
 )
 def test_what_means_nothing_is_refused(changes: dict[str, Any], says: str) -> None:

@@ -8,6 +8,7 @@ from another mount.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import os
@@ -22,6 +23,7 @@ import xxhash
 from ragfleet.errors import ModelError, OutputError
 from ragfleet.launch import RunPaths, to_json, write_atomically
 from ragfleet.model_files import configured_eos_ids, weight_files
+from ragfleet.shards import is_own_name
 
 FORMAT: Final = 1
 _WEIGHT_SAMPLES: Final = 1024
@@ -170,6 +172,24 @@ def read_run_file(paths: RunPaths) -> RunFile | None:
 def write_run_file(paths: RunPaths, run_file: RunFile) -> None:
     paths.directory.mkdir(parents=True, exist_ok=True)
     write_atomically(paths.identity, to_json(msgspec.to_builtins(run_file)))
+
+
+def clashing_output(output_file: Path) -> Path | None:
+    """Another run's output beside this one where either has a name of the other's own files: as
+    `lora_rank8.jsonl` beside `lora.jsonl`, whose worker 8 would write into it."""
+
+    def clash(other: Path) -> bool:
+        return is_own_name(output_file, other) or is_own_name(other, output_file)
+
+    for directory in sorted(output_file.absolute().parent.glob("*.run")):
+        other = directory.with_suffix(".jsonl")
+        if not clash(other):
+            continue
+        with contextlib.suppress(OutputError, OSError):  # broken: whose it is can't be told
+            found = read_run_file(RunPaths(other))
+            if found is not None and clash(other.with_name(found.output_name or other.name)):
+                return other.with_name(found.output_name or other.name)
+    return None
 
 
 def now() -> str:

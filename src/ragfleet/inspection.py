@@ -118,12 +118,12 @@ class MergeOptions(OutputOptions):
 
 def run_of(output_file: Path) -> tuple[RunPaths, RunFile]:
     whole = output_file.with_name(output_file.name.removesuffix(".partial.jsonl") + ".jsonl")
-    if whole.name != output_file.name and output_file == partial_path(whole):
+    paths = RunPaths(output_file.absolute())
+    run_file = read_run_file(paths)
+    if run_file is None and output_file == partial_path(whole):
         raise OutputError(
             f"{output_file} is a partial merge, which belongs to no run; name the output: {whole}."
         )
-    paths = RunPaths(output_file.absolute())
-    run_file = read_run_file(paths)
     if run_file is None or run_file.selection is None:
         raise OutputError(f"There is no run for {output_file}: {paths.identity} is missing.")
     return paths, run_file

@@ -57,6 +57,24 @@ def test_results_of_another_tool_are_neither_replaced_nor_removed(tmp_path: Path
     assert not (tmp_path / "out_rank0.1.jsonl").exists()
 
 
+@pytest.mark.parametrize("name", ["out_rank8.jsonl", "out.partial.jsonl"])
+def test_outputs_that_take_each_others_files_for_their_own_are_refused(
+    tmp_path: Path, name: str
+) -> None:
+    write_contexts(tmp_path / "in.jsonl")
+    for first, second in ((name, "out.jsonl"), ("out.jsonl", name)):
+        folder = tmp_path / f"{first} first"
+        folder.mkdir()
+        assert infer(folder, "../in.jsonl", "--output_file", first).returncode == 0
+        before = {path.name for path in folder.iterdir()}
+        done = infer(folder, "../in.jsonl", "--output_file", second, "--overwrite")
+        assert done.returncode == 2
+        assert f"--output_file {second} and {first}, another run's output" in done.stderr
+        assert {path.name for path in folder.iterdir()} == before
+        looked = [sys.executable, "-m", "ragfleet", "verify", "../in.jsonl", first]
+        assert subprocess.run(looked, cwd=folder, check=False, timeout=60).returncode == 0
+
+
 def test_after_removed_shards_nothing_is_claimed_that_is_not_there(tmp_path: Path) -> None:
     write_contexts(tmp_path / "in.jsonl")
     assert infer(tmp_path, "in.jsonl", "--remove_shards").returncode == 0

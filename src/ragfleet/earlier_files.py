@@ -63,11 +63,15 @@ def merged_without_shards(
         or not output.exists()
         or (retry_failed and merged["statistics"]["failed"])
     ):
-        raise OutputError(
-            f"{output} was merged and its shards removed (--remove_shards), so it can't be"
-            " extended. Take another --output_file, or --overwrite."
-        )
+        raise OutputError(extending_refused(output))
     return merged
+
+
+def extending_refused(output: Path) -> str:
+    return (
+        f"{output} was merged and its shards removed (--remove_shards), so it can't be"
+        " extended. Take another --output_file, or --overwrite."
+    )
 
 
 def lacks_shards(run_file: RunFile, indexed: Indexed, finished: Finished) -> bool:

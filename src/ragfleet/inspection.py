@@ -6,6 +6,7 @@ Nothing here loads a model, torch included.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ import numpy as np
 from ragfleet.accounting import estimate_lines
 from ragfleet.beats import read_beats
 from ragfleet.config import PlanConfig
-from ragfleet.earlier_files import finished_before, lacks_shards
+from ragfleet.earlier_files import extending_refused, finished_before, lacks_shards
 from ragfleet.errors import OutputError, UsageError, WorkersFailed
 from ragfleet.estimates import plan_requests
 from ragfleet.header import header_lines
@@ -47,6 +48,8 @@ def plan_lines(config: PlanConfig) -> list[str]:
             done = finished_before(preparation, indexed, finished)
         except UsageError as error:
             refused = str(error)
+    if config.overwrite or refused is not None:  # the shards are another run's: nothing to note
+        finished = dataclasses.replace(finished, num_invalid=0, num_superfluous=0)
     to_do = indexed.requests & ~done
     plan, prefill = plan_requests(preparation, indexed, to_do, config.exact_tokens)
     lines = header_lines(preparation, indexed, plan, finished, prefill)
@@ -143,9 +146,11 @@ def status_lines(options: OutputOptions) -> list[str]:
         f"{options.output_file}: {kept:,} of {total:,} requests finished"
         f" ({kept - succeeded:,} of them failed), {total - kept:,} remain; start {run_file.starts}."
     ]
-    if run_file.merged is not None:
-        same = run_file.merged["digest"] == indexed.digest()
-        lines.append("Merged: " + ("complete." if same else "of an earlier selection."))
+    merged = run_file.merged
+    is_there = paths.output_file.exists()
+    is_merged = is_there and merged is not None and merged["digest"] == indexed.digest()
+    if merged is not None and is_there:
+        lines.append("Merged: " + ("complete." if is_merged else "of an earlier selection."))
     try:
         holder = holder_of(paths)
     except OSError as error:
@@ -153,8 +158,14 @@ def status_lines(options: OutputOptions) -> list[str]:
     else:
         if holder is not None:
             lines.append(f"Running: {holder}.")
+        elif merged is not None and merged["shards_removed"] and not is_merged:
+            lines.append(f"Nothing runs. {extending_refused(paths.output_file)}")
         elif kept < total:
             lines.append("Nothing runs; the same infer command goes on with it.")
+        elif not is_merged:
+            lines.append(
+                "Nothing runs; the same infer command or ragfleet merge writes the output."
+            )
     beats = paths.launch(run_file.selection.launch_id).beats
     if beats.is_dir():
         for owner, beat in sorted(read_beats(beats).items()):

@@ -270,6 +270,9 @@ def test_remove_shards_and_run_again(tmp_path: Path) -> None:
     planned = ragfleet(tmp_path, "plan", *files, *ECHO).stdout
     assert "Refused   infer would stop: " in planned
     assert "so it can't be extended" in planned
+    status = ragfleet(tmp_path, "status", "--output_file", "out.jsonl").stdout
+    assert "so it can't be extended" in status
+    assert "goes on with it" not in status
     write(tmp_path / "in.jsonl", plain(10))
     (tmp_path / "out.jsonl").unlink()
     done = ragfleet(tmp_path, "merge", "--output_file", "out.jsonl")
@@ -418,7 +421,10 @@ def test_plan_says_what_infer_would_refuse(tmp_path: Path) -> None:
     refused = done.stdout.partition("\nRefused   infer would stop: ")[2]
     assert "belongs to a run with other settings" in refused
     assert "max_new_tokens" in refused
-    assert "Refused" not in ragfleet(tmp_path, "plan", *files, *other, "--overwrite").stdout
+    afresh = ragfleet(tmp_path, "plan", *files, *other, "--overwrite").stdout
+    assert "Refused" not in afresh
+    # The answers there are of other settings, not of other records.
+    assert "records that are not selected" not in done.stdout + afresh
 
 
 def test_paths_that_no_run_can_have(tmp_path: Path) -> None:
@@ -688,6 +694,14 @@ def test_status_and_merge_of_an_unfinished_run(tmp_path: Path) -> None:
     assert "is a partial merge" in verify.stderr
 
     assert generated(infer(tmp_path, *ECHO)) == (2, 8)
+    assert "Nothing runs" not in ragfleet(tmp_path, "status", *output).stdout
+    # Finished, but the output is not there: as a disk that fills up at the merge leaves it.
+    (tmp_path / "out.jsonl").unlink()
+    status = ragfleet(tmp_path, "status", *output)
+    assert "ragfleet merge writes the output" in status.stdout
+    assert "Merged: complete." not in status.stdout
+    assert ragfleet(tmp_path, "merge", *output).returncode == 0
+    assert len(rows_of(tmp_path / "out.jsonl")) == 10
     merge = ragfleet(tmp_path, "merge", *output, **environment)
     assert "10 rows" in merge.stdout
     other = ragfleet(tmp_path, "status", "--output_file", "other.jsonl", **environment)

@@ -91,7 +91,7 @@ def parse_head(line: bytes) -> Head | InvalidRecord:
         if not line.isascii():
             line.decode()  # msgspec skips over unread strings without checking their encoding
     except UnicodeDecodeError as error:
-        return InvalidRecord(None, f"not UTF-8 (byte {error.start} of the line)", True)
+        return InvalidRecord(None, f"not UTF-8 (byte {_where(line, error)} of the line)", True)
     except msgspec.ValidationError as error:
         return InvalidRecord(None, f"not a JSON object of a record ({error})")
     except msgspec.DecodeError as error:
@@ -123,6 +123,15 @@ def parse_head(line: bytes) -> Head | InvalidRecord:
     if not query or query.isspace():
         return InvalidRecord(identifier, "`query` is blank")
     return Head(identifier, query, context, method, None)
+
+
+def _where(line: bytes, error: UnicodeDecodeError) -> int:
+    """Where in the line; msgspec counts from where its string begins."""
+    try:
+        line.decode()
+    except UnicodeDecodeError as of_the_line:
+        error = of_the_line
+    return error.start
 
 
 def _type_name(value: object) -> str:

@@ -318,6 +318,10 @@ def test_invalid_lines_say_why_and_get_a_row(name: str) -> None:
     assert found.id == identifier
     assert reason in found.reason
     assert found.undecodable == (reason == "not UTF-8")
+    if found.undecodable:
+        with pytest.raises(UnicodeDecodeError) as of_the_line:
+            line.decode()
+        assert f"(byte {of_the_line.value.start} of the line)" in found.reason
 
 
 @pytest.mark.parametrize("name", ["query", "context", "id", "retrieval_method", "success"])

@@ -344,7 +344,7 @@ def test_files_that_are_no_requests_and_no_replies(
     assert not output.exists()
     assert not RunPaths(output).directory.exists()
     export_requests(config, requests)
-    for wrong in (config.contexts_file, requests.with_name("empty.jsonl")):
+    for wrong in (config.contexts_file, requests, requests.with_name("empty.jsonl")):
         wrong.touch()
         with pytest.raises(InputError, match=r"None of the [30] lines .*; 3 requests remain"):
             import_replies(output, wrong)

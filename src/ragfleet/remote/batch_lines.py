@@ -26,6 +26,8 @@ class _Line(msgspec.Struct):
     custom_id: str
     response: _Response | None = None
     error: Any = None
+    method: Any = None
+    """Of requests alone."""
 
 
 _decode = msgspec.json.Decoder(_Line).decode
@@ -49,6 +51,8 @@ def read_line(line: bytes) -> tuple[RequestKey, Answer | Fault] | None:
     response = found.response
     if response is not None:
         return key, read_reply(response.status_code, {}, bytes(response.body))
+    if found.method is not None:  # the file that was exported, not what came of it
+        return None
     error = found.error if isinstance(found.error, dict) else {}
     if error.get("code") == "batch_expired":
         return key, broken("the batch expired before this request's turn", "batch_expired")

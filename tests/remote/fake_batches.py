@@ -34,6 +34,8 @@ class FakeBatches:
         """Requests that may be under way together."""
         self.looks = 1
         """So many looks find a batch unfinished."""
+        self.begin = b""
+        """What files of replies begin with."""
         server.routes |= {
             ("POST", "/v1/files"): self._upload,
             ("GET", "/v1/files"): self._list_files,
@@ -120,5 +122,5 @@ class FakeBatches:
         for name, found in (("output", output), ("error", errors)):
             if found:
                 file_id = f"file-{name}-{batch['id']}"
-                self.files[file_id] = (file_id, "\n".join(found).encode() + b"\n")
+                self.files[file_id] = (file_id, self.begin + "\n".join(found).encode() + b"\n")
                 batch[f"{name}_file_id"] = file_id

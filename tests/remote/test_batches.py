@@ -84,11 +84,13 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
 REQUESTS = [ask(number, f"Question {number}?") for number in range(12)]
 
 
+@pytest.mark.parametrize("begin", [b"", b"\xef\xbb\xbf"], ids=["plain", "BOM"])
 def test_parts_keep_to_the_limit_and_answers_find_their_requests(
-    serve: Serve, start: Start
+    serve: Serve, start: Start, begin: bytes
 ) -> None:
     server = serve()
     batches = FakeBatches(server, most_requests=5)
+    batches.begin = begin
     outcomes = drive(start(server), REQUESTS)
     assert len(batches.batches) == 3
     assert set(batches.submitted.values()) == {1}

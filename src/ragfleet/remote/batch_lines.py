@@ -42,7 +42,7 @@ def request_line(key: RequestKey, path: str, body: Mapping[str, Any]) -> bytes:
 def read_line(line: bytes) -> tuple[RequestKey, Answer | Fault] | None:
     """None for a line that is none of ours or not whole."""
     try:
-        found = _decode(line)
+        found = _decode(line.removeprefix(codecs.BOM_UTF8))  # an editor's, at a file's begin
         key = bytes.fromhex(found.custom_id)
     except (msgspec.DecodeError, ValueError, RecursionError):
         return None
@@ -66,6 +66,4 @@ def key_of_request(line: bytes) -> RequestKey:
 
 def lines_of(path: Path) -> Iterator[bytes]:
     with open(path, "rb") as file:
-        if file.read(len(codecs.BOM_UTF8)) != codecs.BOM_UTF8:  # an editor's
-            file.seek(0)
         yield from file

@@ -159,7 +159,7 @@ def test_it_is_said_while_others_load(tmp_path: Path) -> None:
             assert time.monotonic() < until_s
             time.sleep(0.05)
         said = (tmp_path / "said").read_text()
-        assert "Others still load." in said
+        assert "). Others still load." in said
         assert "restarting" not in said
     finally:
         (tmp_path / "go").touch()

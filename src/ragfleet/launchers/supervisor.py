@@ -254,8 +254,8 @@ class Supervisor:
                 rank = process.seat.rank
                 self._starts.fail(rank, process)
                 if self._starts.verdict() == "not known":
-                    text = f"worker {rank} could not start: {process.start_error}"
-                    self._on_event(Event("note", f"{text} Others still load.", rank))
+                    text = f"worker {rank} could not start: {process.start_error}".rstrip(".")
+                    self._on_event(Event("note", f"{text}. Others still load.", rank))
             else:
                 self._replace(process, code or 0)
         if self._orphanage is not None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import numbers
 import urllib.parse
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -49,6 +50,11 @@ _CHOICES = {
     "failed_contexts": get_args(FailedContexts),
     "prefix_sharing": get_args(PrefixSharing),
 }
+
+
+def _require_number(name: str, value: object) -> None:
+    if not isinstance(value, numbers.Real):
+        raise ConfigError(f"--{name} is {value!r}; it must be a number.")
 
 
 def path_of(name: str, value: str | Path) -> Path:
@@ -214,9 +220,13 @@ class RunConfig:
             value = getattr(self, name)
             if value is not None:
                 object.__setattr__(self, name, path_of(name, value))
+        if isinstance(self.stop, str):  # a tuple of it would be its characters
+            raise ConfigError(f"--stop is {self.stop!r}; it must be a list of strings.")
         object.__setattr__(self, "stop", tuple(self.stop))
         for name in ("temperature", "top_p"):  # 0 and 0.0 are one run
-            object.__setattr__(self, name, float(getattr(self, name)))
+            value = getattr(self, name)
+            _require_number(name, value)
+            object.__setattr__(self, name, float(value))
         self._check()
 
     def _check(self) -> None:
@@ -226,6 +236,8 @@ class RunConfig:
 
         def at_least(name: str, least: float) -> None:
             value = getattr(self, name)
+            if value is not None:
+                _require_number(name, value)
             require(
                 value is None or value >= least,
                 f"--{name} is {value}; it must be at least {least}.",

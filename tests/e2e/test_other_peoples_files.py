@@ -102,8 +102,17 @@ def test_two_first_starts_with_other_settings_are_not_one_run(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
-    "setting", [{"engine": "echoo"}, {"schedule": "Static"}, {"failed_contexts": "DROP"}]
+    ("setting", "reason"),
+    [
+        ({"engine": "echoo"}, "must be one of"),
+        ({"schedule": "Static"}, "must be one of"),
+        ({"failed_contexts": "DROP"}, "must be one of"),
+        ({"temperature": "0.2"}, "--temperature is '0.2'; it must be a number"),
+        ({"max_new_tokens": "64"}, "--max_new_tokens is '64'; it must be a number"),
+        # Not two strings of one character, at which answers would end.
+        ({"stop": "Q:"}, "--stop is 'Q:'; it must be a list of strings"),
+    ],
 )
-def test_settings_made_in_python_are_checked(setting: dict[str, str]) -> None:
-    with pytest.raises(ConfigError, match="must be one of"):
+def test_settings_made_in_python_are_checked(setting: dict[str, str], reason: str) -> None:
+    with pytest.raises(ConfigError, match=reason):
         RunConfig(contexts_file="in", output_file="out", **{"engine": "echo", **setting})  # type: ignore[arg-type]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
+import xxhash
 from numpy.typing import NDArray
 
 from ragfleet.claims import Board, ClaimStore
@@ -164,7 +165,7 @@ def move_away(paths: RunPaths, private: bool) -> None:
     inside = [path for path in paths.directory.iterdir() if path != paths.lock]
     if not old and not inside:
         return
-    backup = _backup(output)[1]
+    backup = backup_names(output)[1]
     backup.mkdir(mode=0o700 if private else 0o777)
     (backup / paths.directory.name).mkdir()
     for path in old:
@@ -173,11 +174,37 @@ def move_away(paths: RunPaths, private: bool) -> None:
         path.rename(backup / paths.directory.name / path.name)
 
 
-def backup_name(output: Path) -> Path:
-    return _backup(output)[0]
+def keep_old_output(output: Path, run_file: RunFile, succeeded: int) -> str | None:
+    """Called before a merge replaces an output: copies one that holds what the new one will not.
+
+    Returns the note to show: it had more answers, or is not as the last merge left it, for labels
+    that somebody wrote into it are nowhere else.
+    """
+    merged = run_file.merged or {}
+    if not merged or not output.exists():
+        return None
+    before = merged["statistics"]["succeeded"]
+    if before > succeeded:
+        why = f"had {before:,} answers and gets {succeeded:,}: the old file"
+    elif merged.get("content", content := content_of(output)) != content:
+        why = "is not as the last merge left it: that file"
+    else:
+        return None
+    backup = backup_names(output)[0]
+    shutil.copy2(output, backup)
+    return f"{output.name} {why} is kept as {backup.name}"
 
 
-def _backup(output: Path) -> tuple[Path, Path]:
+def content_of(output: Path) -> str:
+    """Hash of a file: sizes of an edit may be equal, and times are not kept by every copy."""
+    digest = xxhash.xxh3_128()
+    with open(output, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def backup_names(output: Path) -> tuple[Path, Path]:
     """Free names for a backup of the output alone, and for a folder of all of its run's files."""
     stamp = time.strftime("%Y%m%d-%H%M%S")
     number = 0

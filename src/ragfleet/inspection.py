@@ -17,7 +17,13 @@ import numpy as np
 from ragfleet.accounting import estimate_lines
 from ragfleet.beats import read_beats
 from ragfleet.config import PlanConfig
-from ragfleet.earlier_files import extending_refused, finished_before, lacks_shards
+from ragfleet.earlier_files import (
+    content_of,
+    extending_refused,
+    finished_before,
+    keep_old_output,
+    lacks_shards,
+)
 from ragfleet.errors import OutputError, UsageError, WorkersFailed
 from ragfleet.estimates import plan_requests
 from ragfleet.header import header_lines
@@ -229,13 +235,19 @@ def _merge(options: MergeOptions) -> str:
             f"{missing:,} requests are not finished, so {paths.output_file.name} was not written."
             " Finish the run, or take --partial."
         )
+    notes: list[str | None] = []
     statistics = write_results(
-        indexed.merge_job(finished.winners), paths.output_file, private=is_private(paths)
+        indexed.merge_job(finished.winners),
+        paths.output_file,
+        lambda new: notes.append(keep_old_output(paths.output_file, run_file, new.succeeded)),
+        private=is_private(paths),
     )
     run_file.merged = {
         "statistics": msgspec.to_builtins(statistics, str_keys=True),
         "digest": indexed.digest(),
         "shards_removed": False,
+        "content": content_of(paths.output_file),
     }
     write_run_file(paths, run_file)
-    return f"{statistics.rows:,} rows → {paths.output_file}"
+    said = [note for note in notes if note] + [f"{statistics.rows:,} rows → {paths.output_file}"]
+    return "\n".join(said)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import time
 import uuid
 from collections.abc import Mapping
@@ -22,8 +21,9 @@ from ragfleet.accounting import begin_account
 from ragfleet.beats import Beat, read_beats
 from ragfleet.config import RunConfig
 from ragfleet.earlier_files import (
-    backup_name,
+    content_of,
     finished_before,
+    keep_old_output,
     merged_without_shards,
     move_away,
     remove_old_launches,
@@ -317,23 +317,14 @@ class _Run:
                 " (was a shard deleted?). Run the same command again."
             )
 
-        def keep_better(statistics: MergeStatistics) -> None:
-            before = (run_file.merged or {}).get("statistics", {}).get("succeeded", 0)
-            if before > statistics.succeeded and paths.output_file.exists():
-                backup = backup_name(paths.output_file)
-                shutil.copy2(paths.output_file, backup)
-                self.say(
-                    Event(
-                        "note",
-                        f"{paths.output_file.name} had {before:,} answers and gets"
-                        f" {statistics.succeeded:,}: the old file is kept as {backup.name}",
-                    )
-                )
+        def keep_old(statistics: MergeStatistics) -> None:
+            if note := keep_old_output(paths.output_file, run_file, statistics.succeeded):
+                self.say(Event("note", note))
 
         statistics = write_results(
             indexed.merge_job(finished.winners),
             paths.output_file,
-            keep_better,
+            keep_old,
             private=self.private,
         )
         others = finished.num_unasked_answers  # they are nowhere else
@@ -342,6 +333,7 @@ class _Run:
             "statistics": msgspec.to_builtins(statistics, str_keys=True),
             "digest": indexed.digest(),
             "shards_removed": removes,
+            "content": content_of(paths.output_file),
         }
         run_file.answer_tokens = self.answer_tokens(run_file)
         write_run_file(paths, run_file)

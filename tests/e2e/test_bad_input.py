@@ -725,6 +725,30 @@ def test_fewer_answers_than_before_keep_the_old_file(tmp_path: Path) -> None:
     assert "no selected line asks for: 2" in done.stdout
 
 
+@pytest.mark.parametrize("command", ["infer", "merge"])
+def test_an_output_that_was_edited_is_kept(tmp_path: Path, command: str) -> None:
+    """Labels that somebody wrote into it are in no shard."""
+    write(tmp_path / "in.jsonl", [record(n) for n in range(3)])
+    output = tmp_path / "out.jsonl"
+    merges = [sys.executable, "-m", "ragfleet", "merge", "--output_file", str(output)]
+
+    def again() -> str:
+        if command == "infer":
+            return infer(tmp_path, *ECHO).stderr
+        return subprocess.run(merges, capture_output=True, text=True, check=True).stdout
+
+    assert infer(tmp_path, *ECHO).returncode == 0
+    merged = output.read_bytes()
+    again()
+    assert not list(tmp_path.glob("*.bak*")), "it is as it was written"
+    labelled = merged.replace(b'"success":true', b'"success":TRUE')
+    output.write_bytes(labelled)
+    said = again()
+    (backup,) = tmp_path.glob("out.bak-*.jsonl")
+    assert f"is not as the last merge left it: that file is kept as {backup.name}" in said
+    assert (backup.read_bytes(), output.read_bytes()) == (labelled, merged)
+
+
 @pytest.mark.parametrize("name", ["answers", ".answers", "中" * 73 + ".jsonl"])
 def test_outputs_with_other_names(tmp_path: Path, name: str) -> None:
     """Without an ending, or as long as may be: moved away, kept and written all the same."""

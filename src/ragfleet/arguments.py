@@ -119,7 +119,8 @@ def _toml_arguments(path: Path, *kinds: type[Any]) -> list[str]:
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--config {path} can't be read: {error}") from None
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise ConfigError(f"--config {path} can't be read: {reason}.") from None
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"--config {path} is not valid TOML: {error}") from None
     known: dict[str, Any] = {}

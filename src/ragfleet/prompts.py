@@ -104,7 +104,8 @@ def read_template(path: Path | None) -> tuple[str | None, frozenset[str] | None]
     try:
         source = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--prompt_template {path} can't be read: {error}") from None
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise ConfigError(f"--prompt_template {path} can't be read: {reason}.") from None
     check_template(source, str(path))
     fields = template_fields(source)
     known = {"query", "context", "retrieval_method"}

@@ -54,10 +54,7 @@ def static_slices(total: int, num_workers: int) -> list[range]:
 
 def select(total: int, num_workers: int, max_samples_per_worker: int | None) -> list[range]:
     """The records to answer: the first `max_samples_per_worker` of each static slice."""
-    slices = static_slices(total, num_workers)
-    if max_samples_per_worker is None:
-        return slices
-    return [part[:max_samples_per_worker] for part in slices]
+    return [part[:max_samples_per_worker] for part in static_slices(total, num_workers)]
 
 
 def selected_mask(total: int, selected: list[range]) -> NDArray[np.bool_]:

@@ -184,7 +184,7 @@ def _block(
                 " finished is safe; run the same command again."
             )
         if kind != Kind.SEND:
-            failure = _not_sent(line, kind, job.drop_failed_contexts, statistics)
+            failure = _not_sent(line, job.drop_failed_contexts, statistics)
             if failure is not None:
                 yield _row(_readable_fields(line), line_no, failure, job.include_context)
         elif shard < 0:
@@ -219,11 +219,9 @@ def _answers(
     return shard_of, readers
 
 
-def _not_sent(
-    line: bytes, kind: int, drop_failed: bool, statistics: MergeStatistics
-) -> Answered | None:
+def _not_sent(line: bytes, drop_failed: bool, statistics: MergeStatistics) -> Answered | None:
     head = parse_head(line)
-    if kind == Kind.FAILED_CONTEXT and isinstance(head, Head):
+    if isinstance(head, Head):  # it is no request although it is sound: its context failed
         if drop_failed:
             statistics.dropped += 1
             return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import resource
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +18,7 @@ from hypothesis import strategies as st
 from ragfleet.errors import InputChanged, StorageError
 from ragfleet.identity import Selection
 from ragfleet.index import Kind
-from ragfleet.merge import write_results
+from ragfleet.merge import allow_open_files, write_results
 from ragfleet.plan import join_key
 from ragfleet.planning import Finished, Indexed, find_finished, index_contexts
 from ragfleet.records import parse_fields
@@ -213,14 +214,15 @@ def test_invalid_lines_are_failure_rows_in_their_place(job: Job) -> None:
         b'{"id":"x","query":"q","context":"\xff"}',
         b"[1]",
         b'{"id":"y","query":"\\ud800","context":"c"}',
+        b'{"id":"z","query":"q"}',
         ask("b"),
     )
     job.answer()
     rows, statistics = job.merge()
     assert [row["id"] for row in rows] == [
-        *("a", "line:2", "own", "line:4", "line:5", "line:6", "b")
+        *("a", "line:2", "own", "line:4", "line:5", "line:6", "z", "b")
     ]
-    for row in rows[1:6]:
+    for row in rows[1:7]:
         assert row["error_type"] == "invalid_record"
         assert row["answer"] is None
         assert row["worker_rank"] is None
@@ -228,8 +230,8 @@ def test_invalid_lines_are_failure_rows_in_their_place(job: Job) -> None:
         assert list(row)[: len(OUTPUT_FIELDS)] == list(OUTPUT_FIELDS)
     assert rows[2]["tag"] == "kept"
     assert "blank" in rows[2]["error"]
-    assert statistics.errors == {"invalid_record": 5}
-    assert statistics.not_sent == 5
+    assert statistics.errors == {"invalid_record": 6}
+    assert statistics.not_sent == 6
 
 
 def test_failures_keep_their_reason_and_count_for_their_worker(job: Job) -> None:
@@ -360,6 +362,30 @@ def test_lines_that_came_meanwhile_are_not_passed_over(job: Job, added: bytes) -
     with pytest.raises(InputChanged, match=rf"contexts.jsonl grew by {len(added)} bytes since"):
         write_results(indexed.merge_job(winners), job.output)
     assert not job.output.exists()
+
+
+# ---- files
+
+
+@pytest.mark.parametrize(
+    ("soft", "hard", "raised"),
+    [
+        (80, 4096, None),
+        (79, 4096, 80),
+        (64, resource.RLIM_INFINITY, 80),
+        (64, 70, 70),
+        (resource.RLIM_INFINITY, resource.RLIM_INFINITY, None),
+    ],
+)
+def test_each_shard_may_be_open(
+    monkeypatch: pytest.MonkeyPatch, soft: int, hard: int, raised: int | None
+) -> None:
+    """Beside 64 others. A run of many starts has more shards than a process may have files."""
+    limits = [(soft, hard)]
+    monkeypatch.setattr("ragfleet.merge.resource.getrlimit", lambda _: limits[0])
+    monkeypatch.setattr("ragfleet.merge.resource.setrlimit", lambda _, pair: limits.append(pair))
+    allow_open_files(16)
+    assert limits[1:] == ([] if raised is None else [(raised, hard)])
 
 
 # ---- the disk fails

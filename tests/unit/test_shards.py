@@ -24,7 +24,9 @@ from ragfleet.shards import (
     Winners,
     choose,
     finished_keys,
+    is_own_name,
     list_shards,
+    partial_path,
     rank_of,
     scan_shards,
     shard_path,
@@ -64,6 +66,16 @@ def test_names() -> None:
     assert shard_path(output, 3, 2).name == "my results.v2_rank3.2.jsonl"
     assert rank_of(shard_path(output, 12)) == 12
     assert rank_of(shard_path(output, 12, 5)) == 12
+    assert partial_path(output).name == "my results.v2.partial.jsonl"
+
+
+def test_names_of_an_output_are_no_others() -> None:
+    output = Path("/data/out.jsonl")
+    own = [shard_path(output, 3), shard_path(output, 3, 2), partial_path(output)]
+    own += [Path("/data/out.run/run.json"), Path("/data/out.run/launches/1/plan.json")]
+    others = [output, Path("/data/out.jsonl.bak"), Path("/other/out_rank0.jsonl")]
+    others += [Path("/data/out_rank.jsonl"), Path("/data/out.run"), Path("/data/out.runs/a")]
+    assert [is_own_name(path, output) for path in own + others] == [True] * 5 + [False] * 6
 
 
 def test_only_this_outputs_shards_are_listed_by_rank_and_age(tmp_path: Path) -> None:
@@ -115,6 +127,27 @@ def test_a_file_that_is_there_is_never_touched_not_even_an_empty_one(tmp_path: P
     assert shard_path(output, 0).read_bytes() == b"theirs"
     assert not (tmp_path / "nowhere").exists()
     assert writer.size_bytes == 5
+
+
+def test_only_what_was_appended_since_is_synced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker syncs every second, also while a model loads; closing comes after the last time."""
+    synced: list[int] = []
+    writer = ShardWriter(tmp_path / "o.jsonl", 0)
+    writer.sync()
+    writer.open()
+    monkeypatch.setattr("ragfleet.shards.os.fsync", synced.append)
+    writer.sync()
+    assert len(synced) == 0
+    for number in (1, 2):
+        writer.append(shard_line(number))
+        writer.sync()
+        writer.sync()
+        assert len(synced) == number
+    writer.append(shard_line(3))
+    writer.close()
+    assert len(synced) == 3
 
 
 def test_a_folder_that_is_gone_is_a_storage_error(tmp_path: Path) -> None:

@@ -150,6 +150,7 @@ def test_progress_is_told_in_records_and_share(tmp_path: Path) -> None:
     path.write_bytes((GOOD + b"\n") * (1 << 17))
     build_index(path, KEYER, lambda count, share: seen.append((count, share)))
     assert seen == [(1 << 16, 0.5), (1 << 17, 1.0)]
+    assert len(build_index(path, KEYER)) == 1 << 17, "or to nobody"
 
 
 def test_the_index_may_be_written_to(tmp_path: Path) -> None:
@@ -193,6 +194,7 @@ def test_half_of_a_file_in_gbk_is_told_line_by_line(tmp_path: Path) -> None:
     bad = CHINESE.encode("gbk")
     index = index_of(path, (CHINESE.encode() + bad) * 3)
     assert index.records["kind"].tolist() == [0, 1] * 3
+    assert len(index_of(path, CHINESE.encode() + b"x\n" + bad)) == 3, "one good line is enough"
     path.write_bytes(CHINESE.encode() + bad * 2)
     assert "GB18030" in complaint(path)
 
@@ -251,6 +253,8 @@ def test_a_file_that_is_not_there_or_empty_or_a_folder(tmp_path: Path) -> None:
         path.write_bytes(blank)
         assert complaint(path) == f"{path} has no records: every line is blank."
     assert complaint(tmp_path) == f"The contexts file {tmp_path} is a folder; name a file in it."
+    below = path / "c.jsonl"
+    assert complaint(below) == f"Can't read the contexts file {below}: Not a directory."
 
 
 def test_what_is_no_file_is_refused_unopened(tmp_path: Path) -> None:
@@ -269,6 +273,14 @@ def test_a_name_that_each_process_has_for_a_file_of_its_own_is_refused(tmp_path:
         for folder in ("/dev/fd", "/proc/self/fd"):
             name = Path(folder, str(file.fileno()))
             assert f"The contexts file {name} is another file to each process" in complaint(name)
+        stdin = os.dup(0)
+        os.dup2(file.fileno(), 0)
+        try:
+            message = complaint(Path("/dev/stdin"))
+        finally:
+            os.dup2(stdin, 0)
+            os.close(stdin)
+        assert "The contexts file /dev/stdin is another file to each process" in message
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")

@@ -211,6 +211,15 @@ def test_a_death_is_known_with_what_was_in_flight(
     assert board.deaths == {"1.0": (4, 5)}
 
 
+def test_a_death_is_known_though_nobody_lived_to_free_its_claims(tmp_path: Path) -> None:
+    """The launcher may be killed after the one and before the other: the next start reads both."""
+    ClaimStore(tmp_path).record_death("1.0", [4, 5])
+    board = board_of([[0]])
+    ClaimStore(tmp_path).refresh(board)
+    assert board.deaths == {"1.0": (4, 5)}
+    assert board.dead == set()
+
+
 def test_a_folder_that_is_gone_is_a_storage_error(tmp_path: Path) -> None:
     store = ClaimStore(tmp_path / "gone")
     with pytest.raises(StorageError, match="symbolic links"):

@@ -333,6 +333,12 @@ def test_a_chunk_is_arranged_for_its_engine(problem: Any, order: Any) -> None:
             assert sizes == sorted(sizes, reverse=True)
 
 
+def test_the_first_of_each_group_come_before_the_others() -> None:
+    leads, lengths = np.array([True, False, True, False, False]), np.array([5, 1, 7, 7, 2])
+    orders = [arrange(leads, lengths, order).tolist() for order in ("leader_first", "by_length")]
+    assert orders == [[0, 2, 1, 3, 4], [2, 3, 0, 4, 1]]
+
+
 @pytest.mark.parametrize("num_workers", [2, 4, 8])
 def test_many_records_are_spread_within_a_percent(num_workers: int) -> None:
     random = np.random.default_rng(0)
@@ -348,14 +354,14 @@ def test_many_records_are_spread_within_a_percent(num_workers: int) -> None:
 
 def test_one_huge_context_is_cut_and_its_second_prefill_counted() -> None:
     grouping = np.zeros(100, GROUPING)
-    grouping["prefix_bytes"], grouping["suffix_bytes"] = 5_000, 100
+    grouping["prefix_bytes"], grouping["suffix_bytes"] = 6_000, 100
     costs = CostModel(answer_tokens=10, bytes_per_token=1)
     plan = plan_dynamic(np.ones(100, bool), grouping, 2, costs)
     assert plan.num_groups == 1
     assert len(plan.chunks) == 3, "pieces of at most half a share, so that two workers have some"
     own = 100 * (100 + 10)
-    assert plan.planned_cost == pytest.approx(own + 5_000 * 3)
-    assert plan.lower_bound_cost == pytest.approx((own + 5_000) / 2)
+    assert plan.planned_cost == pytest.approx(own + 6_000 * 3)
+    assert plan.lower_bound_cost == pytest.approx((own + 6_000) / 2)
 
 
 def test_a_context_that_costs_more_than_its_questions_is_not_prefilled_for_each() -> None:

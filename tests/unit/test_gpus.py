@@ -123,6 +123,8 @@ def test_unknown_memory_goes_by_holders() -> None:
     assert indices(allocation) == [[1], [1]]
     assert allocation.workers[0].memory_bytes_per_gpu is None
     assert any("in use; held by pid 7" in note for note in allocation.notes)
+    one_of_two = GpuInventory(gpus=(gpus[1], fake_inventory(2).gpus[0]))
+    assert give(one_of_two, 1).workers[0].memory_bytes_per_gpu is None
 
 
 def test_more_workers_than_gpus_share() -> None:
@@ -195,6 +197,7 @@ def test_cpu_for_want_of_a_gpu_even_when_gpus_are_asked_for() -> None:
     assert note.startswith("Running on CPU (--total_gpus 8 asks for GPUs): ")
     (only,) = give(fake_inventory(0), 2, gpus_per_worker=2).notes
     assert only.startswith("Running on CPU (--gpus_per_worker 2 asks for GPUs): ")
+    assert give(fake_inventory(0), 2).notes[0].startswith("Running on CPU: ")
     assert "no NVIDIA driver" in note
 
 
@@ -214,6 +217,8 @@ def test_environment_on_gpu_leaves_threads_alone() -> None:
 def test_impossible_numbers() -> None:
     with pytest.raises(ValueError):
         give(fake_inventory(1), 0)
+    with pytest.raises(ValueError):
+        allocate(fake_inventory(1), num_workers=1, cpu_cores=0)
 
 
 def test_describe() -> None:
@@ -298,7 +303,8 @@ def test_tensor_parallel_note() -> None:
     note = tensor_parallel_note(8, 28, 4)
     assert note is not None
     assert "over 4 of each worker's 8 GPUs" in note
-    assert "4 of them untouched" in note
+    assert "28 attention heads (4 key/value) don't split 8 ways; 4 of them untouched" in note
+    assert "28 attention heads don't split" in (tensor_parallel_note(8, 28) or "")
     assert tensor_parallel_note(4, 28, 4) is None
 
 

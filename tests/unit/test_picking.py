@@ -98,6 +98,11 @@ def test_too_small_a_share_is_reported_as_it_was_asked_and_with_what_works() -> 
     assert indices(give(fake_inventory(8, 60), 2, weights_bytes=LLAMA_70B))[0] == [0, 1, 2, 3]
 
 
+def test_one_worker_with_all_gpus_may_be_what_works() -> None:
+    with pytest.raises(DeviceError, match=r"What works: --num_workers 1 --gpus_per_worker 2\.\n"):
+        give(fake_inventory(2), 2, weights_bytes=LLAMA_70B)
+
+
 def test_where_no_share_works_none_is_named() -> None:
     with pytest.raises(DeviceError) as caught:
         give(fake_inventory(2, 24), 1, weights_bytes=LLAMA_70B)

@@ -13,9 +13,18 @@ from hypothesis import strategies as st
 
 from ragfleet.errors import RemoteError
 from ragfleet.remote.headers import duration_s, read_rates, retry_after_s
-from ragfleet.remote.ledger import Budget, Report, exchange, new_ledger
+from ragfleet.remote.ledger import Budget, Report, budget_of, exchange, new_ledger
 from ragfleet.remote.ledger_file import LedgerFile, write_ledger
-from ragfleet.remote.pacing import CREDIT, JITTER, Concurrency, backoff_s
+from ragfleet.remote.pacing import (
+    CREDIT,
+    JITTER,
+    UNLIMITED,
+    Allowance,
+    Concurrency,
+    Pacer,
+    backoff_s,
+)
+from ragfleet.remote.spec import RemoteSpec
 
 CREDIT_S = CREDIT * JITTER * 60
 
@@ -104,6 +113,21 @@ def test_moments_missed_are_gone() -> None:
     assert lease.requests.amount < 5
 
 
+def test_what_is_given_back_is_there_for_the_next() -> None:
+    pacer = Pacer(60.0)
+    first = pacer.take(100.0, 10.0)
+    assert (first.start_s, first.step_s) == pytest.approx((100 - CREDIT_S / 2, 1.02))
+    first.spend(4)
+    assert first.left == 6
+    pacer.give_back(101.0, first.left)
+    assert pacer.take(101.0, 1.0).start_s == pytest.approx(first.start_s)
+    pacer.give_back(200.0, 9.0)
+    assert pacer.take(200.0, 1.0).start_s == pytest.approx(200 - CREDIT_S / 2), "not the past's"
+    free = Pacer().take(1.0, 5.0)
+    assert (free.amount, free.left) == (UNLIMITED, 0.0)
+    assert Allowance(step_s=0.5, amount=3.0).left == 3
+
+
 def test_concurrency_grows_slowly_and_halves() -> None:
     flow = Concurrency(64)
     for _ in range(8 + 8 + 16 + 32):
@@ -118,6 +142,10 @@ def test_concurrency_grows_slowly_and_halves() -> None:
     for _ in range(10_000):
         flow.count(refused=False)
     assert flow.limit == 64
+    flow = Concurrency(64, limit=1.0, is_starting=False)
+    for limit in (2, 2, 3):
+        flow.count(refused=False)
+        assert flow.limit == limit
 
 
 def test_the_circuit_opens_probes_and_closes() -> None:
@@ -138,6 +166,21 @@ def test_the_circuit_opens_probes_and_closes() -> None:
     assert ask(4.0, rank=2) == (True, True)
     assert ask(4.1, rank=2, good=1) == (True, False)
     assert ledger.openings == 0
+
+
+def test_how_long_the_server_was_away_is_said_once_it_is_back() -> None:
+    budget = Budget()
+    ledger = new_ledger(budget)
+
+    def ask(now_s: float, **seen: int) -> tuple[str, float]:
+        lease = exchange(ledger, budget, Report(rank=0, now_s=now_s, reached=True, **seen))
+        return lease.news, lease.down_s
+
+    assert ask(5.0) == ("", 0)
+    assert ask(10.0, down=16) == ("down", 0)
+    assert ask(14.0, down=1) == ("", 4)
+    assert ask(19.0, good=1) == ("up", 9)
+    assert ask(7000.0) == ("", 0), "and the next outage begins anew"
 
 
 def test_an_outage_ends_the_run() -> None:
@@ -186,6 +229,12 @@ def test_retry_after_is_a_floor(attempt: int, after_s: float | None, draw: float
     wait_s = backoff_s(attempt, after_s, draw)
     assert wait_s >= (after_s or 0.25)
     assert wait_s <= 60 + 1.25 * (after_s or 0)
+
+
+def test_waits_double_up_to_a_minute() -> None:
+    assert [backoff_s(attempt, None, 0.0) for attempt in (1, 2, 3, 8, 9)] == [0.25, 0.5, 1, 30, 30]
+    assert [backoff_s(attempt, None, 0.5) for attempt in (1, 8)] == [0.375, 45]
+    assert [backoff_s(attempt, 40.0, 0.5) for attempt in (1, 8)] == [45, 70]
 
 
 def test_headers_of_several_providers() -> None:
@@ -301,6 +350,72 @@ def test_retry_after_holds_for_a_dead_and_for_a_full_server() -> None:
             exchange(ledger, Budget(), Report(rank=1, now_s=40.0, waiting=work)).requests.amount
             == 0
         )
+
+
+def test_a_server_that_is_full_is_left_alone_for_longer_each_time() -> None:
+    ledger, now_s, pauses = new_ledger(Budget()), 0.0, []
+    for answered in (0, 0, 0, 1, 1, 0, *[0] * 9):
+        now_s += 1000
+        seen = Report(rank=0, now_s=now_s, full=1 - answered, answered=answered)
+        exchange(ledger, Budget(), seen)
+        pauses.append(max(0.0, ledger.pause_until_s - now_s))
+    assert pauses == [0.5, 1, 2, 0, 0, 1, 2, 4, 8, 16, 32, 60, 60, 60, 60]
+
+
+@pytest.mark.parametrize(
+    ("budget", "count"),
+    [
+        (Budget(requests_per_minute=2400), 10),
+        (Budget(requests_per_minute=60), 1),
+        (Budget(requests_per_minute=2400, tokens_per_minute=120_000), 5),
+        (Budget(tokens_per_minute=60), 1),
+    ],
+)
+def test_a_worker_takes_a_quarter_of_a_second_at_a_time(budget: Budget, count: int) -> None:
+    work = [(60.0, 40.0)] * 64
+    lease = exchange(new_ledger(budget), budget, Report(rank=0, now_s=1.0, waiting=work))
+    if budget.requests_per_minute is not None:
+        assert lease.requests.amount == count
+    if budget.tokens_per_minute is not None:
+        assert lease.tokens.amount == 100 * count
+
+
+def test_what_a_budget_is_made_of() -> None:
+    spec = RemoteSpec(
+        provider="openai",
+        base_url="",
+        model="",
+        key_env="",
+        max_concurrency=50,
+        requests_per_minute=7,
+        tokens_per_minute=8,
+        price_in=2.0,
+        price_out=4.0,
+        max_cost=3.0,
+        max_tokens_total=2_000_000,
+        max_outage_s=9.0,
+    )
+    budget = budget_of(spec, 20, request_timeout_s=100.0, window_s=30.0)
+    assert budget == Budget(
+        requests_per_minute=7,
+        tokens_per_minute=8,
+        price_in=2.0,
+        price_out=4.0,
+        max_cost=3.0,
+        max_tokens_total=2_000_000,
+        max_outage_s=9.0,
+        free_retries=4 * 20 * 50,
+        longest_s=160.0,
+        window_s=30.0,
+    )
+    assert budget_of(spec).free_retries == Budget().free_retries == 500
+    assert budget_of(spec).longest_s == Budget().longest_s == 660
+    tokens = (500_000.0, 500_000.0)
+    assert budget.cost(tokens) == spec.cost(*tokens) == 3.0
+    assert budget.allows(tokens)
+    assert not budget.allows((500_000.0, 500_001.0))
+    assert not budget.allows((1.5e6, 1.0)), "of the money"
+    assert not Budget(max_tokens_total=9).allows((9.0, 1.0))
 
 
 def test_one_request_a_minute() -> None:

@@ -41,6 +41,7 @@ class Mirror:
         self.answers: dict[int, list[int]] = {}
         self.started: list[int] = []
         self.read: list[int] = []
+        self.cached_tokens = 0
 
     def seen(self, reads: Sequence[Range]) -> tuple[int, ...]:
         text: tuple[int, ...] = ()
@@ -102,6 +103,8 @@ class Mirror:
                 self.owner[run.slot] = number
                 self.answers[number] = []
                 self.started.append(number)
+                assert self.scheduler.has_copied(run.slot) == bool(copied)
+                self.cached_tokens += self.scheduler.cached_tokens(run.slot)
                 fed.append(run.slot)
                 seen_slots.append(run.slot)
         assert len(set(seen_slots)) == len(seen_slots) <= limits.num_slots
@@ -189,6 +192,8 @@ def test_everything_finishes_and_sees_its_own_prompt(
     assert scheduler.num_waiting == scheduler.num_admitted == 0
     assert scheduler.peak_pool_tokens <= limits.pool_tokens
     assert len(mirror.read) == scheduler.read_tokens <= sum(map(len, prompts))
+    assert scheduler.prompt_tokens == sum(map(len, prompts))
+    assert mirror.cached_tokens == scheduler.prompt_tokens - scheduler.read_tokens
     # Nothing is held any more: the whole pool can be had.
     scheduler.submit(bytes(16), [9] * (limits.pool_tokens + 1))
     assert scheduler.next_pass().num_tokens > 0

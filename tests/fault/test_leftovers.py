@@ -20,7 +20,7 @@ import pytest
 from ragfleet.errors import OutputError
 from ragfleet.launch import RunPaths
 from ragfleet.leftovers import VARIABLE, Starter, end_tagged, tag
-from ragfleet.run_lock import RunLock, holder_of
+from ragfleet.run_lock import RunLock, check_free, holder_of
 
 
 @pytest.fixture
@@ -119,6 +119,7 @@ def test_the_orphan_of_a_killed_start_does_not_refuse_the_next(tmp_path: Path) -
     try:
         holder.kill()
         holder.wait()
+        check_free(RunPaths(output))
         with RunLock(RunPaths(output), "next") as lock:
             assert lock.ended == [child]
         with RunLock(RunPaths(output), "after that") as lock:
@@ -225,6 +226,32 @@ def test_the_file_of_an_earlier_version_is_understood(tmp_path: Path) -> None:
     assert "pid" in paths.lock.read_text()
 
 
+def test_who_has_an_output_is_said(tmp_path: Path) -> None:
+    paths = RunPaths(tmp_path / "out.jsonl")
+    check_free(paths)
+    with RunLock(paths, "this"):
+        me = f"pid {os.getpid()} on "
+        assert (holder_of(paths) or "").startswith(me)
+        with pytest.raises(OutputError, match=f"being written by {me}"):
+            check_free(paths)
+        os.truncate(paths.lock, 0)
+        assert holder_of(paths) == "a process that is just starting"
+        with pytest.raises(OutputError, match="being written by another process"):
+            check_free(paths)
+    assert holder_of(paths) is None
+    check_free(paths)
+
+
+def test_what_is_in_the_way_of_a_lock_is_said(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError, match=r"Can't create .*out\.run: "):
+        RunLock(RunPaths(tmp_path / "file" / "out.jsonl"), "this").__enter__()
+    paths = RunPaths(tmp_path / "out.jsonl")
+    paths.lock.mkdir(parents=True)
+    with pytest.raises(OutputError, match=r"Can't create .*lock: Is a directory"):
+        RunLock(paths, "this").__enter__()
+
+
 def test_nobody_is_said_to_be_away_where_locks_cannot_be_asked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -240,6 +267,9 @@ def test_nobody_is_said_to_be_away_where_locks_cannot_be_asked(
     monkeypatch.setattr("ragfleet.run_lock.fcntl.flock", no_locks)
     with pytest.raises(OSError, match="No locks available"):
         holder_of(paths)
+    check_free(paths)
+    with RunLock(paths, "this"):  # shards keep runs apart there
+        assert "pid" in paths.lock.read_text()
 
 
 WITHOUT_HANDLES = """

@@ -25,7 +25,9 @@ from typing import Any
 import pytest
 
 from ragfleet.cli import main
+from ragfleet.errors import OutputError
 from ragfleet.records import decode_object
+from ragfleet.verify import failed_inputs, verify
 
 KEYS = [
     *("id", "original_item_id", "query_index", "dedup_key", "query", "target_api"),
@@ -248,16 +250,82 @@ def test_all_of_it_is_verified_and_merged_alike_by_whoever_does_it(answered: Ans
     assert "differs in large\nNOT VERIFIED: 1 rows" in done.stdout, done.stdout
 
 
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (lambda rows: None, ""),
+        (lambda rows: rows.pop(), "row {last}: missing (record line:{last})"),
+        (lambda rows: rows.append(rows[0]), "row {next}: one too many"),
+        (lambda rows: rows.insert(0, rows.pop(0)[9:]), "row 1: not a JSON object"),
+        (
+            lambda rows: rows.append(rows.pop().replace(b',"kept"', b',"more":1,"kept"')),
+            "row {last} (line:{last}): differs in more",
+        ),
+        (
+            lambda rows: rows.append(rows.pop().replace(b'"answer":"q6"', b'"answer":"q7"')),
+            "row {last} (line:{last}): differs in answer",
+        ),
+    ],
+    ids=["none", "missing", "too many", "torn", "another field", "another answer"],
+)
+@pytest.mark.parametrize("shards", ["all", "gone"])
+def test_what_falls_short_is_named(
+    answered: Answered, tmp_path: Path, shards: str, change: Any, problem: str
+) -> None:
+    folder = shutil.copytree(answered.directory, tmp_path / "copy", symlinks=True)
+    rows = answered.directory.joinpath("out.jsonl").read_bytes().splitlines(keepends=True)
+    change(rows)
+    (folder / "out.jsonl").write_bytes(b"".join(rows))
+    if shards == "gone":
+        (folder / "out_rank0.jsonl").unlink()
+    found = verify(folder / "in.jsonl", folder / "out.jsonl")
+    is_proved = shards == "all" or "differs in answer" not in problem
+    last = len(answered.rows)
+    assert found.problems == [problem.format(last=last, next=last + 1)] * bool(
+        problem and is_proved
+    )
+    assert found.num_problems == len(found.problems)
+    assert found.answers_proved == (shards == "all")
+    assert found.rows == len(rows)
+    assert found.succeeded == len(FINE) - (problem.startswith("row {last}: missing"))
+    assert found.failed == sum(found.errors.values())
+    said = "\n".join(found.lines(folder / "out.jsonl"))
+    assert ("The shards are gone" in said) == (shards == "gone")
+    assert ("NOT VERIFIED: 1 rows" in said) == bool(found.problems)
+
+
+def test_what_shards_have_no_answer_for_is_not_verified(answered: Answered, tmp_path: Path) -> None:
+    folder = shutil.copytree(answered.directory, tmp_path / "copy", symlinks=True)
+    shard = folder / "out_rank0.jsonl"
+    lines = shard.read_bytes().splitlines(keepends=True)
+    shard.write_bytes(b"".join(line for line in lines if b'"answer":"q6"' not in line))
+    last = len(answered.rows)
+    missing = f"row {last} (line:{last}): its current record has no answer in the shards"
+    assert verify(folder / "in.jsonl", folder / "out.jsonl").problems == [missing]
+    (folder / "out.jsonl").unlink()
+    with pytest.raises(OutputError, match=r"There is no .*out.jsonl yet"):
+        verify(folder / "in.jsonl", folder / "out.jsonl")
+    (folder / "out.jsonl").mkdir()
+    with pytest.raises(OutputError, match=r"out.jsonl is a folder"):
+        verify(folder / "in.jsonl", folder / "out.jsonl")
+
+
 def test_failed_contexts_can_be_dropped(tmp_path: Path) -> None:
     write(tmp_path / "in.jsonl", [record(1), record(2, success=False, error="gone"), record(3)])
     done = infer(tmp_path, *ECHO, "--failed_contexts", "drop")
     assert done.returncode == 0, done.stderr
     assert [row["id"] for row in rows_of(tmp_path / "out.jsonl")] == ["r1", "r3"]
     assert "1 dropped" in done.stdout
+    assert list(failed_inputs(tmp_path / "out.jsonl")) == []
     # Turning them into rows again generates nothing.
     done = infer(tmp_path, *ECHO)
     assert [row["id"] for row in rows_of(tmp_path / "out.jsonl")] == ["r1", "r2", "r3"]
     assert "0 generated in this start + 2 resumed" in done.stdout
+    (failed,) = failed_inputs(tmp_path / "out.jsonl")
+    assert json.loads(failed)["id"] == "r2"
+    write(tmp_path / "out.jsonl", rows_of(tmp_path / "out.jsonl")[:2])
+    with pytest.raises(OutputError, match="not of the current selection"):
+        list(failed_inputs(tmp_path / "out.jsonl"))
 
 
 def test_failures_are_exit_3_where_asked(tmp_path: Path) -> None:

@@ -25,8 +25,11 @@ from typing import Any
 import pytest
 
 from ragfleet.cli import main
+from ragfleet.earlier_files import backup_names, move_away
 from ragfleet.errors import OutputError
+from ragfleet.launch import RunPaths
 from ragfleet.records import decode_object
+from ragfleet.rows import SHARD_FIELDS
 from ragfleet.verify import failed_inputs, verify
 
 KEYS = [
@@ -169,7 +172,8 @@ FINE = [
     b'{"id": "twice", "query": "q3", "context": "c"}',
     b'{"query": "q4", "context": "c", "deep": %b%b}' % (b"[" * 199, b"]" * 199),
     b'{"query": "q5", "context": "c", "large": [1e999, %b]}' % (b"9" * 5000),
-    b'{"id": null, "query": "q6", "context": "c", "success": null, "kept": [1, "\xe4\xb8\xad"]}',
+    b'{"query": "q6", "context": "c", "request_key": "mine", "finished_at_ns": 7, "row_check": 0}',
+    b'{"id": null, "query": "q7", "context": "c", "success": null, "kept": [1, "\xe4\xb8\xad"]}',
 ]
 
 
@@ -235,6 +239,8 @@ def test_duplicate_ids_are_answered_one_by_one(answered: Answered) -> None:
 
 def test_unknown_fields_pass_through(answered: Answered) -> None:
     assert answered.rows[-1]["kept"] == [1, "中"]
+    of_shards = {name: answered.rows[-2][name] for name in SHARD_FIELDS}
+    assert of_shards == {"request_key": "mine", "finished_at_ns": 7, "row_check": 0}
 
 
 def test_all_of_it_is_verified_and_merged_alike_by_whoever_does_it(answered: Answered) -> None:
@@ -262,7 +268,7 @@ def test_all_of_it_is_verified_and_merged_alike_by_whoever_does_it(answered: Ans
             "row {last} (line:{last}): differs in more",
         ),
         (
-            lambda rows: rows.append(rows.pop().replace(b'"answer":"q6"', b'"answer":"q7"')),
+            lambda rows: rows.append(rows.pop().replace(b'"answer":"q7"', b'"answer":"q8"')),
             "row {last} (line:{last}): differs in answer",
         ),
     ],
@@ -298,7 +304,7 @@ def test_what_shards_have_no_answer_for_is_not_verified(answered: Answered, tmp_
     folder = shutil.copytree(answered.directory, tmp_path / "copy", symlinks=True)
     shard = folder / "out_rank0.jsonl"
     lines = shard.read_bytes().splitlines(keepends=True)
-    shard.write_bytes(b"".join(line for line in lines if b'"answer":"q6"' not in line))
+    shard.write_bytes(b"".join(line for line in lines if b'"answer":"q7"' not in line))
     last = len(answered.rows)
     missing = f"row {last} (line:{last}): its current record has no answer in the shards"
     assert verify(folder / "in.jsonl", folder / "out.jsonl").problems == [missing]
@@ -748,8 +754,14 @@ def test_input_edited_during_the_run(tmp_path: Path, how: str) -> None:
 def test_output_of_another_run(tmp_path: Path) -> None:
     write(tmp_path / "in.jsonl", [record(n) for n in range(3)])
     assert infer(tmp_path, *ECHO, "--max_new_tokens", "8").returncode == 0
-    before = without_lock(tmp_path)
     other = (*ECHO, "--max_new_tokens", "16", "--system_prompt", "Be brief.")
+    run_file = tmp_path / "out.run" / "run.json"
+    whole = run_file.read_bytes()
+    run_file.write_text(json.dumps({**json.loads(whole), "merged": None}))
+    done = infer(tmp_path, *other)
+    assert "belongs to a run with other settings" in done.stderr, "though it was never merged"
+    run_file.write_bytes(whole)
+    before = without_lock(tmp_path)
     done = infer(tmp_path, *other)
     assert done.returncode == 2
     assert re.search(r"out\.jsonl belongs to a run with other settings:", done.stderr)
@@ -831,6 +843,32 @@ def test_outputs_with_other_names(tmp_path: Path, name: str) -> None:
     folders = [path for path in tmp_path.glob(f"{stem}.bak-*") if path.is_dir()]
     files = [path for path in tmp_path.glob(f"{stem}.bak-*") if path.is_file()]
     assert [len(rows_of(path)) for path in (*files, folders[0] / name)] == [3, 3]
+
+
+def test_no_backup_takes_the_name_of_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file alone and a folder of all may be moved away within a second."""
+    monkeypatch.setattr("ragfleet.earlier_files.time.strftime", lambda _: "now")
+    output = tmp_path / "out.jsonl"
+    assert backup_names(output)[0].name == "out.bak-now.jsonl"
+    backup_names(output)[0].touch()
+    assert backup_names(output)[0].name == "out.bak-now-1.jsonl"
+    backup_names(output)[0].with_suffix("").mkdir()
+    assert backup_names(output)[0].name == "out.bak-now-2.jsonl"
+
+
+def test_a_run_without_any_result_is_moved_too(tmp_path: Path) -> None:
+    paths = RunPaths(tmp_path / "out.jsonl")
+    paths.directory.mkdir()
+    paths.lock.touch()
+    move_away(paths, private=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["out.run"], "there is nothing to move"
+    paths.identity.write_text("{}")
+    move_away(paths, private=False)
+    (backup,) = tmp_path.glob("out.bak-*")
+    assert (backup / "out.run" / "run.json").read_text() == "{}"
+    assert list(paths.directory.iterdir()) == [paths.lock]
 
 
 def test_environment_of_torchrun_without_torchrun(tmp_path: Path) -> None:

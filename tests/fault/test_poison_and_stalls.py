@@ -7,10 +7,17 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import harness
+import numpy as np
 import psutil
 import pytest
+
+from ragfleet.earlier_files import remove_old_launches
+from ragfleet.index import RECORD
+from ragfleet.launch import RunPaths
 
 CLASSES = (
     """
@@ -143,6 +150,26 @@ def test_what_earlier_starts_suspect_is_tried_before_it_is_poison(tmp_path: Path
     assert failed == ["poison"] * 3, "written down before it was mended"
     rows, _ = run(tmp_path, 30, "First", "--num_workers", "1", "--retry_failed")
     assert all(row["success"] for row in rows)
+
+
+def test_no_record_is_handed_on_with_more_than_two_deaths(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor are deaths that say nothing any more, for one of their records is gone."""
+    records = np.zeros(3, RECORD)
+    records["key_hi"], records["key_lo"] = 7, range(3)
+    indexed: Any = SimpleNamespace(
+        index=SimpleNamespace(records=records), requests=np.ones(3, bool)
+    )
+    paths = RunPaths(tmp_path / "out.jsonl")
+    (paths.launches / "one").mkdir(parents=True)
+    sets = [[0, 1], [0], [0], [1], [1, 2], [2, 9]]
+    deaths = [(str(rank), [(7, row) for row in rows]) for rank, rows in enumerate(sets)]
+    monkeypatch.setattr("ragfleet.earlier_files._death_sets", lambda _: deaths)
+    carried = remove_old_launches(paths, indexed)
+    assert list(carried.values()) == [(0,), (0,), (1,), (1, 2)], "the narrowest first"
+    assert [owner.partition(".")[0] for owner in carried] == ["1", "2", "3", "4"]
+    assert list(paths.launches.iterdir()) == []
 
 
 def test_a_worker_without_progress_is_ended_with_its_grandchild(tmp_path: Path) -> None:

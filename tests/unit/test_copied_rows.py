@@ -1,8 +1,12 @@
-"""A row that was written for a line is copied by the merge; it must be what would be made anew."""
+"""A row that was written for a line is copied by the merge; it must be what would be made anew.
+
+And what a worker writes of a request, and when.
+"""
 
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,6 +14,10 @@ import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ragfleet.engines.protocol import Completion, Failure, Prepared, Request
+from ragfleet.errors import RunError
+from ragfleet.outcomes import Item, Outcomes
+from ragfleet.pulse import Counters
 from ragfleet.records import Fields, Plain, parse_fields, parse_sent
 from ragfleet.rows import (
     Answered,
@@ -144,3 +152,66 @@ def test_a_sealed_row_that_was_touched_is_not_copied() -> None:
 def test_a_row_that_lacks_a_field_of_the_record_is_not_for_copying(name: str) -> None:
     assert repeats_all(parse_fields(as_line({**RECORD, "mine": 1})))
     assert not repeats_all(parse_fields(as_line({**RECORD, name: 1})))
+
+
+# ---- what becomes of a request
+
+
+class Written:
+    """What one worker writes, and what its supervisor hears."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, Any]] = []
+        self.said: list[str] = []
+        self.counters = Counters()
+        shard: Any = SimpleNamespace(append=lambda row: self.rows.append(json.loads(row)))
+        events: Any = SimpleNamespace(send=lambda kind, *_, **__: self.said.append(kind))
+        self.outcomes = Outcomes(
+            2, shard, self.counters, events, lambda item: None, include_context=False
+        )
+
+    def item(self, **fields: Any) -> Item:
+        request = Request(key=KEY, query="q", context="c", retrieval_method=None, record={})
+        line = parse_sent(as_line({**RECORD, **fields}))[0]
+        prepared = Prepared(request=request, prompt="q")
+        nowhere: Any = None
+        return Item(request, line, 0, 4, 0, nowhere, prepared)
+
+    def fail(self, error_type: str) -> None:
+        self.outcomes.fail(self.item(), Failure(key=KEY, error_type=error_type, error="no"), 0.5)
+
+    def complete(self, **fields: Any) -> None:
+        found = Completion(key=KEY, text="yes", finish_reason="stop", prompt_tokens=3)
+        self.outcomes.complete(self.item(**fields), found, 0.5)
+
+
+def test_failures_are_withheld_until_the_first_success() -> None:
+    worker = Written()
+    worker.fail("request_error")
+    assert worker.rows == []
+    worker.fail("too_long")
+    assert [row["error_type"] for row in worker.rows] == ["too_long"]
+    worker.complete()
+    worker.fail("request_error")
+    worker.complete(mine=1)
+    assert [row["success"] for row in worker.rows] == [False, False, True, False, True]
+    assert [row.get("error_type") for row in worker.rows[1::2]] == ["request_error"] * 2
+    assert {row["worker_rank"] for row in worker.rows} == {2}
+    assert not any("truncated_tokens" in row or "reasoning" in row for row in worker.rows)
+    assert (worker.counters.succeeded, worker.counters.failed) == (2, 3)
+    assert worker.said == ["failure", "failure", "first"], "each kind once"
+
+
+def test_failures_of_the_end_are_written_though_nothing_succeeded() -> None:
+    worker = Written()
+    for _ in range(31):
+        worker.fail("request_error")
+    worker.outcomes.release_withheld()
+    worker.fail("request_error")
+    assert len(worker.rows) == 32
+    worker = Written()
+    for _ in range(31):
+        worker.fail("request_error")
+    with pytest.raises(RunError, match="The first 32 requests all failed"):
+        worker.fail("request_error")
+    assert worker.rows == []

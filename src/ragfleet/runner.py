@@ -146,7 +146,7 @@ class _Run:
             try:
                 preparation = prepare(self.config, os.environ, self.rank, gpu_locks=gpu_locks)
                 indexed = self.read_input(preparation)
-                to_do = indexed.requests
+                to_do, finished = indexed.requests, None
                 if not self.config.overwrite:
                     finished = find_finished(indexed, paths.output_file)
                     to_do = to_do & ~finished_before(preparation, indexed, finished)
@@ -157,10 +157,12 @@ class _Run:
             except UsageError:
                 lock.discard_new()
                 raise
-            if self.config.overwrite:
+            if finished is None:
                 move_away(preparation.paths, self.private)
+                finished = find_finished(indexed, paths.output_file)
             run_file = self.begin(preparation, indexed)
-            resumed = self.generate(preparation, indexed, plan, lock, run_file)
+            resumed = self.generate(preparation, indexed, plan, finished, lock, run_file)
+            del finished  # 40 bytes an answer, and the merge scans anew
             return self.merge(preparation.paths, run_file, indexed, resumed)
 
     # ---- before anything is spent
@@ -217,12 +219,12 @@ class _Run:
         preparation: Preparation,
         indexed: Indexed,
         plan: Plan,
+        finished: Finished,
         lock: RunLock,
         run_file: RunFile,
     ) -> int:
         """Run workers until every request has an outcome; return how many had one before."""
         paths, config = preparation.paths, self.config
-        finished = find_finished(indexed, paths.output_file)
         done = finished.mask(indexed, config.retry_failed)
         num_finished, to_do = int(done.sum()), len(plan.order)
         header = header_lines(preparation, indexed, plan, finished, self.prefill)

@@ -17,7 +17,8 @@ class Event(msgspec.Struct, frozen=True):
     """One thing that happened.
 
     Kinds from a worker: loading, ready, first (first answer), failure (first of its kind), note,
-    fatal. Kinds from a run: header, note, progress, died, gave_up, interrupted, merging, summary.
+    fatal. Kinds from a run: reading, header, note, progress, died, gave_up, interrupted, merging,
+    writing, summary.
     """
 
     kind: str

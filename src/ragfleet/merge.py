@@ -43,6 +43,7 @@ UNFINISHED: Final = "unfinished"
 """error_type of the rows that `mark_unfinished` makes."""
 _OTHER_FILES: Final = 64
 _BLOCK: Final = 1 << 15
+_PROGRESS_EVERY: Final = 1 << 14
 _BUFFER_BYTES: Final = 1 << 20
 _NULL: Final = Raw(b"null")
 _EMPTY: Final = Raw(b'""')
@@ -76,12 +77,14 @@ def write_results(
     before_replace: Callable[[MergeStatistics], None] | None = None,
     *,
     private: bool = False,
+    on_progress: Callable[[int], None] | None = None,
 ) -> MergeStatistics:
     """Write the output whole or not at all: temporary file, fsync, rename, fsync of the folder.
 
     Args:
         before_replace: called with the new statistics before the old output is replaced.
         private: only the owner may read the output.
+        on_progress: called now and then with the rows so far.
 
     Raises:
         InputChanged: a line is not the one that was indexed.
@@ -97,8 +100,10 @@ def write_results(
             buffering=_BUFFER_BYTES,
             opener=lambda path, flags: os.open(path, flags, mode),
         ) as file:
-            for row in merged_rows(job, statistics):
+            for number, row in enumerate(merged_rows(job, statistics), 1):
                 file.write(row)
+                if on_progress is not None and number % _PROGRESS_EVERY == 0:
+                    on_progress(number)
             file.flush()
             os.fsync(file.fileno())
         if before_replace is not None:

@@ -328,6 +328,7 @@ class _Run:
             paths.output_file,
             keep_old,
             private=self.private,
+            on_progress=lambda rows: self.say(Event("writing", f"merged {rows:,} rows")),
         )
         others = finished.num_unasked_answers  # they are nowhere else
         removes = self.config.remove_shards and not others

@@ -64,6 +64,7 @@ def every_event() -> list[Event]:
         Event("died", "worker 1 died", 1),
         progress(2),
         Event("merging", "Merging."),
+        Event("writing", "merged 5 rows"),
         Event("summary"),
     ]
 
@@ -149,6 +150,18 @@ def test_a_log_gets_lines_at_10_s_30_s_each_minute_and_each_five_after_an_hour(
             out.truncate()
     minutes = list(range(60, 3600 + 1, 60))
     assert told == [10, 30, *minutes, *range(3900, 3 * 3600, 300)]
+
+
+@pytest.mark.parametrize("kind", ["reading", "writing"])
+def test_a_log_tells_of_a_long_read_or_merge_when_a_line_is_due(
+    kind: str, clock: list[float]
+) -> None:
+    out = io.StringIO()
+    console = Console(out)
+    for seconds in (1, 8, 2, 9, 11):  # 1, 9, 11, 20 and 31 s after the start
+        clock[0] += seconds
+        console(Event(kind, f"{clock[0] - 1000:.0f} s"))
+    assert out.getvalue() == "12:00:00 11 s\n12:00:00 31 s\n"
 
 
 def test_a_line_of_progress(clock: list[float]) -> None:

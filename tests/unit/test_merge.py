@@ -525,3 +525,12 @@ def test_merging_is_idempotent_and_blind_to_order(
             shard.write_bytes(b"".join(written))
         assert job.merge() == (rows, statistics)
         assert job.output.read_bytes() == first
+
+
+def test_a_merge_tells_how_far_it_is(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ragfleet.merge._PROGRESS_EVERY", 2)
+    job.write(*(ask(f"q{number}") for number in range(5)))
+    indexed, told = job.index(), list[int]()
+    merging = indexed.merge_job(job.finished().winners, mark_unfinished=True)
+    write_results(merging, job.output, on_progress=told.append)
+    assert told == [2, 4]

@@ -67,9 +67,8 @@ class Console:
             if event.rank == 0 or self._verbose:
                 for note in event.data.get("notes", []):
                     self.line(f"  note: {note}")
-        elif event.kind == "reading":
-            if self._is_terminal:
-                self._draw([event.message])
+        elif event.kind in ("reading", "writing"):
+            self._show([event.message], event.message)
         elif event.kind == "merging":
             self._close_live()
             self.line(event.message)
@@ -117,12 +116,20 @@ class Console:
         newest: dict[int, Beat] = {}
         for owner, beat in sorted(beats.items(), key=lambda item: _incarnation(item[0])):
             newest[int(owner.partition(".")[0])] = beat
+        states = [beat.state for beat in newest.values()]
+        at_work = sum(state == "generating" for state in states)
+        self._show(
+            [total, *(_worker_line(rank, newest[rank]) for rank in sorted(newest))],
+            f"{total} · {at_work}/{len(states)} generating",
+        )
+
+    def _show(self, lines: list[str], summary: str) -> None:
+        """All of it on a terminal; elsewhere a line with the time, when one is due."""
+        now_s = time.monotonic() - self._started_s
         if self._is_terminal:
-            self._draw([total, *(_worker_line(rank, newest[rank]) for rank in sorted(newest))])
+            self._draw(lines)
         elif now_s >= self._next_line_s:
-            states = [beat.state for beat in newest.values()]
-            at_work = sum(state == "generating" for state in states)
-            self.line(f"{time.strftime('%H:%M:%S')} {total} · {at_work}/{len(states)} generating")
+            self.line(f"{time.strftime('%H:%M:%S')} {summary}")
             self._next_line_s = _next_line_s(now_s)
 
     def _total_line(self, finished: int, failed: int, left: int, kept: int) -> str:

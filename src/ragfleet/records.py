@@ -7,6 +7,7 @@ in a run of millions, so values that are only passed on stay the raw JSON bytes 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import struct
 from collections.abc import Iterable, Iterator, Mapping
@@ -95,7 +96,7 @@ def parse_head(line: bytes) -> Head | InvalidRecord:
     except msgspec.ValidationError as error:
         return InvalidRecord(None, f"not a JSON object of a record ({error})")
     except msgspec.DecodeError as error:
-        return InvalidRecord(None, f"not valid JSON ({error})")
+        return InvalidRecord(None, f"not valid JSON ({error}{_hint(line)})")
     identifier, query, context = head.id, head.query, head.context
     if type(identifier) is not str and identifier is not None and type(identifier) is not int:
         return InvalidRecord(None, f"`id` is {_type_name(identifier)}, not a string or an integer")
@@ -132,6 +133,14 @@ def _where(line: bytes, error: UnicodeDecodeError) -> int:
     except UnicodeDecodeError as of_the_line:
         error = of_the_line
     return error.start
+
+
+def _hint(line: bytes) -> str:
+    """What Python's own writer may have put there, and reads again."""
+    found: list[str] = []
+    with contextlib.suppress(ValueError):
+        json.loads(line, parse_constant=found.append)
+    return f"; JSON has no {found[0]}: write null" if found else ""
 
 
 def _type_name(value: object) -> str:

@@ -56,7 +56,9 @@ class RunLock:
                 self._open()
             except BlockingIOError:
                 if time.monotonic() > deadline_s:
-                    raise OutputError(_held_message(self._paths, *_read(self.fd))) from None
+                    message = _held_message(self._paths, *_read(self.fd))
+                    os.close(self.fd)
+                    raise OutputError(message) from None
                 self._end_leftovers()
                 time.sleep(0.1)
             except OSError:

@@ -14,13 +14,10 @@ import shutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, TextIO
+from typing import Final, TextIO
 
 from ragfleet.arguments import parse, parse_config
 from ragfleet.errors import STORAGE_ERRNOS, ConfigError, Interrupted, RagfleetError, RunError
-
-if TYPE_CHECKING:
-    pass
 
 _HELP: Final = """\
 usage: ragfleet COMMAND [OPTIONS]
@@ -126,9 +123,12 @@ def _plan(arguments: list[str]) -> int:
     if config is None:
         return 0
     from ragfleet.inspection import plan_lines
+    from ragfleet.monitor.console import Console
 
     assert isinstance(config, PlanConfig)
-    _print("\n".join(plan_lines(config)))
+    with Console() as console:
+        lines = plan_lines(config, console)
+    _print("\n".join(lines))
     return 0
 
 

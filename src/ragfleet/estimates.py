@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import bisect
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 SAMPLED: Final = 256
 """Requests, and as many prefix groups; all of them where there are no more."""
+_PROGRESS_EVERY: Final = 1 << 10
 _SEED: Final = 0
 _CONFIDENCE: Final = 1.96
 """Standard errors in an error bar: 95 %."""
@@ -235,7 +236,7 @@ class PrefillSample:
             first_failure=self._first_failure,
         )
 
-    def count(self, plan: Plan) -> Prefill:
+    def count(self, plan: Plan, on_progress: Callable[[int], None] | None = None) -> Prefill:
         """The same, by tokenising every request, each distinct context once."""
         group = self._indexed.index.grouping["group"][plan.order]
         by_group = np.argsort(group, kind="stable")  # static plans have groups apart
@@ -243,7 +244,9 @@ class PrefillSample:
         prompts = rests = num_too_long = num_failing = 0
         first_failure = None
         prefix_of: dict[int, int] = {}
-        for key, line in zip(groups, self._lines(order), strict=True):
+        for number, (key, line) in enumerate(zip(groups, self._lines(order), strict=True)):
+            if on_progress is not None and number and number % _PROGRESS_EVERY == 0:
+                on_progress(number)
             try:
                 tokens, prefix = self._prefixes.split_next(line)
             except RecordPromptError as error:
@@ -322,12 +325,17 @@ class PrefillSample:
 
 
 def plan_requests(
-    preparation: Preparation, indexed: Indexed, to_do: NDArray[np.bool_], exact: bool = False
+    preparation: Preparation,
+    indexed: Indexed,
+    to_do: NDArray[np.bool_],
+    exact: bool = False,
+    on_progress: Callable[[int], None] | None = None,
 ) -> tuple[Plan, Prefill | None]:
     """The plan of these requests, and what it costs in prompt tokens where that can be told.
 
     Args:
         exact: count all prompts.
+        on_progress: called now and then with how many are counted.
 
     Raises:
         InputError: not one prompt of the run can be made.
@@ -341,7 +349,7 @@ def plan_requests(
     plan = indexed.plan(to_do, preparation.config.schedule, costs)
     if sample is None:
         return plan, None
-    prefill = sample.count(plan) if exact else sample.estimate(plan)
+    prefill = sample.count(plan, on_progress) if exact else sample.estimate(plan)
     # Where answers are there already, what remains gets its failure rows, so that it can be merged.
     is_all = prefill.is_exact and int(to_do.sum()) == int(indexed.requests.sum())
     if is_all and prefill.num_failing.total == len(plan.order):

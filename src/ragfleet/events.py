@@ -30,6 +30,13 @@ class Event(msgspec.Struct, frozen=True):
 OnEvent = Callable[[Event], None]
 
 
+def reading(say: OnEvent) -> Callable[[int, float], None]:
+    """The `on_progress` of an index: (records so far, share of the file)."""
+    return lambda count, share: say(
+        Event("reading", f"read {count:,} records ({share:.0%} of the file)")
+    )
+
+
 class EventPipe:
     """A worker's end of the pipe. A launcher that is gone must not stop a worker by it."""
 

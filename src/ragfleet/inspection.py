@@ -26,6 +26,7 @@ from ragfleet.earlier_files import (
 )
 from ragfleet.errors import OutputError, UsageError, WorkersFailed
 from ragfleet.estimates import plan_requests
+from ragfleet.events import Event, OnEvent, reading
 from ragfleet.header import header_lines
 from ragfleet.identity import RunFile, read_run_file, write_run_file
 from ragfleet.index import Kind
@@ -40,11 +41,11 @@ from ragfleet.run_lock import RunLock, holder_of
 from ragfleet.shards import partial_path
 
 
-def plan_lines(config: PlanConfig) -> list[str]:
+def plan_lines(config: PlanConfig, say: OnEvent) -> list[str]:
     """What `infer` would do with this configuration now. Raises UsageError as `infer` would."""
     preparation = prepare(config, os.environ, detect(os.environ))
     selection = selection_of(config, preparation.num_workers, preparation.key_fields)
-    indexed = index_contexts(selection, preparation.identity.run_key)
+    indexed = index_contexts(selection, preparation.identity.run_key, reading(say))
     finished = find_finished(indexed, preparation.paths.output_file)
     done, refused = finished.mask(indexed, config.retry_failed), None
     if config.overwrite:
@@ -57,7 +58,13 @@ def plan_lines(config: PlanConfig) -> list[str]:
     if config.overwrite or refused is not None:  # the shards are another run's: nothing to note
         finished = dataclasses.replace(finished, num_invalid=0, num_superfluous=0)
     to_do = indexed.requests & ~done
-    plan, prefill = plan_requests(preparation, indexed, to_do, config.exact_tokens)
+    plan, prefill = plan_requests(
+        preparation,
+        indexed,
+        to_do,
+        config.exact_tokens,
+        lambda count: say(Event("reading", f"counted the tokens of {count:,} prompts")),
+    )
     lines = header_lines(preparation, indexed, plan, finished, prefill)
     if prefill is None and config.exact_tokens:
         lines.append("Tokens    are not counted: this engine's prompts are not known beforehand.")

@@ -38,7 +38,7 @@ from ragfleet.errors import (
     WorkersFailed,
 )
 from ragfleet.estimates import Prefill, plan_requests
-from ragfleet.events import Event, OnEvent
+from ragfleet.events import Event, OnEvent, reading
 from ragfleet.follower import follow
 from ragfleet.gpu_locks import GpuLocks
 from ragfleet.header import header_lines, leftovers_line, resume_line
@@ -169,13 +169,7 @@ class _Run:
 
     def read_input(self, preparation: Preparation) -> Indexed:
         selection = selection_of(self.config, preparation.num_workers, preparation.key_fields)
-        return index_contexts(
-            selection,
-            preparation.identity.run_key,
-            lambda count, share: self.say(
-                Event("reading", f"read {count:,} records ({share:.0%} of the file)")
-            ),
-        )
+        return index_contexts(selection, preparation.identity.run_key, reading(self.say))
 
     def already_removed(
         self, preparation: Preparation, indexed: Indexed, finished: Finished

@@ -179,6 +179,14 @@ def test_the_count_is_what_workers_send(tmp_path: Path, schedule: str) -> None:
         assert prefill.planned.total > 1.5 * prefill.shared.total, "contexts are anywhere"
 
 
+def test_a_long_count_tells_how_far_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ragfleet.estimates._PROGRESS_EVERY", 20)
+    told: list[int] = []
+    for exact in (False, True):
+        plan_requests(*prepared_run(tmp_path, 50, 5), np.ones(50, bool), exact, told.append)
+    assert told == [20, 40]
+
+
 def test_the_estimate_holds_the_count(tmp_path: Path) -> None:
     preparation, indexed = prepared_run(tmp_path, 3000, 500)
     sample = PrefillSample(preparation, indexed, indexed.requests)

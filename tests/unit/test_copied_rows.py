@@ -135,6 +135,8 @@ def test_a_sealed_row_gives_back_the_result(text: str, hash_: int, no: int, cont
         assert unsealed(line, place_of(hash_, no + 1, context)) is None
         assert unsealed(line, place_of(hash_ ^ 1, no, context)) is None
         assert unsealed(line, place_of(hash_, no, not context)) is None
+        assert unsealed(line, place_of(hash_, no + 1, not context)) is None
+        assert unsealed(line, place_of(hash_, no - 1, not context)) is None
 
 
 def test_a_sealed_row_that_was_touched_is_not_copied() -> None:

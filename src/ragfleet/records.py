@@ -138,8 +138,8 @@ def _where(line: bytes, error: UnicodeDecodeError) -> int:
 def _hint(line: bytes) -> str:
     """What Python's own writer may have put there, and reads again."""
     found: list[str] = []
-    with contextlib.suppress(ValueError):
-        json.loads(line, parse_constant=found.append)
+    with contextlib.suppress(ValueError, RecursionError):
+        json.loads(line.decode(), parse_constant=found.append)  # of bytes it guesses the encoding
     return f"; JSON has no {found[0]}: write null" if found else ""
 
 

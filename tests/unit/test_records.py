@@ -257,6 +257,8 @@ def test_lone_surrogates_of_a_model_become_replacement_characters() -> None:
 # ---- what is a record
 
 
+# Its bytes look like a text that is never closed, so brackets don't count.
+UTF_16 = '{"x":"\u2200","y":' + "[" * 10**5
 INVALID: dict[str, tuple[bytes, Any, str]] = {
     "empty object": (b"{}", None, "`query` is missing or null"),
     "no context": (b'{"id":"a","query":"q"}', "a", "`context` is missing or null"),
@@ -306,6 +308,11 @@ INVALID: dict[str, tuple[bytes, Any, str]] = {
     "deep": (b'{"query":"q","context":"c","x":' + b"[" * 10**5 + b"]" * 10**5 + b"}", None, "deep"),
     "deep cut": (b'{"query":' + b"[" * 10**5, None, "nested more than 200 deep"),
     "deep GBK": ('{"query":"怎么","x":'.encode("gbk") + b"[" * 10**5, None, "not UTF-8"),
+    "deep UTF-16": (
+        ('{"x":"\u2200","y":' + "[" * 10**5).encode("utf-16-le"),
+        None,
+        "not valid JSON",
+    ),
     "NULs": (b"\x00\x00\x00", None, "not valid JSON"),
 }
 

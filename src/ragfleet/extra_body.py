@@ -33,7 +33,8 @@ _RESERVED: Final[Mapping[str, str]] = {
     "top_p": "--top_p",
 }
 _SECRETS: Final = frozenset(
-    {"apikey", "authorization", "accesstoken", "authtoken", "bearertoken", "password", "secret"}
+    {"accesstoken", "apikey", "apitoken", "authorization", "authtoken", "bearertoken", "hftoken"}
+    | {"password", "secret", "xapikey"}
 )
 """In lower case, without what stands between words."""
 
@@ -69,9 +70,11 @@ def _is_finite(value: Any) -> bool:
 
 
 def _secret_in(name: str, value: Any) -> str | None:
-    """The first name, at any depth, of what nobody else may read."""
-    if "".join(filter(str.isalnum, name)).lower() in _SECRETS:
-        return name
+    """The first name, at any depth, of what nobody else may read: a text, for a JSON schema has
+    such names too."""
+    if isinstance(value, str):
+        plain = "".join(filter(str.isalnum, name)).lower()
+        return name if value and plain in _SECRETS else None
     if isinstance(value, Mapping):
         return next(filter(None, (_secret_in(str(key), item) for key, item in value.items())), None)
     if isinstance(value, list | tuple):

@@ -111,7 +111,9 @@ def test_whatever_a_request_has_is_refused_in_the_extra_body(
     for name in {**body, **prepared.own}:
         with pytest.raises(ConfigError, match=f"--extra_body: ragfleet sets {name} itself"):
             made.replace(extra_body={"reasoning_effort": "low", name: None})
-    assert made.replace(extra_body={"top_k": 1}).extra_body == {"top_k": 1}
+    schema = {"properties": {"password": {"type": "string"}}}
+    for body in ({"top_k": 1}, {"guided_json": schema}, {"secret": False}):
+        assert made.replace(extra_body=body).extra_body == body
 
 
 def test_a_run_is_told_by_server_and_model_and_never_by_its_key(tmp_path: Path) -> None:

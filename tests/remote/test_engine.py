@@ -96,7 +96,8 @@ def test_what_no_request_can_mend_stops_the_run(
 @pytest.mark.parametrize("status", [301, 302, 307, 308])
 def test_prompts_follow_no_redirect(serve: Serve, connect: Ask, status: int) -> None:
     server, other = serve(), serve()
-    headers = {"location": f"{other.base_url}/chat/completions?{KEY}"}
+    to = f"{other.base_url}/chat/completions".replace("//", "//somebody:word@")
+    headers = {"location": f"{to}?{KEY}"}
     server.routes["POST", "/v1/chat/completions"] = lambda *_: Reply(status, {}, headers)
     with pytest.raises(
         RemoteError, match=rf"redirects to {other.base_url}/chat[^?]+--base_url"

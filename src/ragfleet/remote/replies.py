@@ -7,6 +7,7 @@ that is not whole: valid JSON, a choice, a finish reason.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any, Final, Literal
 
@@ -206,8 +207,9 @@ def _filtered(message: str) -> Fault:
 def _read_error(status: int, headers: Mapping[str, str], body: bytes) -> Fault:
     error = _error_object(body)
     if status < 400:
-        # Without its query, which may hold what is nobody's business.
-        place = headers.get("location", "").partition("?")[0][:_MESSAGE_LENGTH] or "nowhere"
+        # Without its query and its user, which may hold what is nobody's business.
+        place = re.sub("//[^/]*@", "//", headers.get("location", "").partition("?")[0])
+        place = place[:_MESSAGE_LENGTH] or "nowhere"
         error = {"message": f"it redirects to {place}"}
     codes = {str(error[name]) for name in ("code", "type") if error.get(name) is not None}
     param = error.get("param")

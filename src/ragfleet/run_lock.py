@@ -90,7 +90,8 @@ class RunLock:
             if not folder.exists():
                 with contextlib.suppress(FileExistsError):  # another start was quicker
                     folder.mkdir(mode=self._mode, parents=True)
-                    self._made.append(folder)
+                    if folder not in self._made:
+                        self._made.append(folder)
 
     def _is_current(self) -> bool:
         """Whether what is locked is still the file of that name: a refused start takes its new one

@@ -82,6 +82,7 @@ def export_requests(config: RunConfig, target: Path) -> list[str]:
                 class_hash=preparation.class_hash,
                 selection=selection,
                 merged=before.merged if before is not None else None,
+                written=before.written if before is not None else [],
             ),
         )
         if private:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import shutil
 import time
 from collections import Counter
@@ -14,11 +16,12 @@ from numpy.typing import NDArray
 
 from ragfleet.claims import Board, ClaimStore
 from ragfleet.errors import OutputError
-from ragfleet.identity import RunFile, check_same_run, check_truncation
+from ragfleet.identity import RunFile, check_same_run, check_truncation, write_run_file
 from ragfleet.launch import LaunchPaths, RunPaths
 from ragfleet.planning import Finished, Indexed
 from ragfleet.preparation import Preparation
 from ragfleet.shards import list_shards, partial_path
+from ragfleet.summary import MergeStatistics
 
 _Key = tuple[int, int]
 _MOST_CARRIED: Final = 2
@@ -174,34 +177,51 @@ def move_away(paths: RunPaths, private: bool) -> None:
         path.rename(backup / paths.directory.name / path.name)
 
 
-def keep_old_output(output: Path, run_file: RunFile, succeeded: int) -> str | None:
-    """Called before a merge replaces an output: copies one that holds what the new one will not.
+def keep_old_output(
+    paths: RunPaths, run_file: RunFile, statistics: MergeStatistics, content: str
+) -> str | None:
+    """Called before a merge replaces an output, with what the new one is, which it writes down.
 
-    Returns the note to show: it had more answers, or is not as the last merge left it, for labels
-    that somebody wrote into it are nowhere else.
+    Keeps an old one that holds what the new one will not, and returns the note to show: it had more
+    answers, or is as no merge left it, for labels that somebody wrote into it are nowhere else.
     """
-    merged = run_file.merged or {}
-    if not merged or not output.exists():
-        return None
-    before = merged["statistics"]["succeeded"]
-    if before > succeeded:
-        why = f"had {before:,} answers and gets {succeeded:,}: the old file"
-    elif merged.get("content", content := content_of(output)) != content:
-        why = "is not as the last merge left it: that file"
-    else:
-        return None
-    backup = backup_names(output)[0]
-    shutil.copy2(output, backup)
-    return f"{output.name} {why} is kept as {backup.name}"
+    output, old = paths.output_file, None
+    with contextlib.suppress(FileNotFoundError):
+        old = _content_of(output)
+    before = (run_file.merged or {}).get("statistics", {}).get("succeeded", 0)
+    why = None
+    if old is not None and before > statistics.succeeded:
+        why = f"had {before:,} answers and gets {statistics.succeeded:,}: the old file"
+    elif old is not None and old not in run_file.written:
+        why = "is not what a merge wrote: that file"
+    note = None
+    if why is not None:
+        backup = backup_names(output)[0]
+        _keep(output, backup)
+        note = f"{output.name} {why} is kept as {backup.name}"
+    # Before the new one is there: a kill in between leaves the old one, and both are ours.
+    run_file.written = [known for known in run_file.written if known == old] + [content]
+    write_run_file(paths, run_file)
+    return note
 
 
-def content_of(output: Path) -> str:
+def _content_of(output: Path) -> str:
     """Hash of a file: sizes of an edit may be equal, and times are not kept by every copy."""
     digest = xxhash.xxh3_128()
     with open(output, "rb") as file:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def _keep(output: Path, backup: Path) -> None:
+    """Under a second name, for the first one gets another file; a copy where there are no links."""
+    try:
+        os.link(os.path.realpath(output), backup)
+    except OSError:
+        os.close(os.open(backup, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+        shutil.copyfile(output, backup)
+        shutil.copystat(output, backup)
 
 
 def backup_names(output: Path) -> tuple[Path, Path]:

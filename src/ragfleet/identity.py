@@ -76,6 +76,8 @@ class RunFile(msgspec.Struct, kw_only=True):
     """What the last start was about, for `merge` and `status`."""
     merged: dict[str, Any] | None = None
     """Counts of the last complete merge, and the selection it was of."""
+    written: list[str] = []
+    """Hashes of the outputs that merges made last: one that has another was edited since."""
     answer_tokens: float | None = None
     """Mean length of the answers of the last start that made enough of them."""
 
@@ -159,7 +161,7 @@ def read_run_file(paths: RunPaths) -> RunFile | None:
         return None
     try:
         found = msgspec.json.decode(data, type=RunFile)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise OutputError(
             f"{paths.identity} can't be read ({error}). Remove it to go on with the answers whose"
             " keys still match, or take --overwrite to start afresh."
@@ -174,21 +176,24 @@ def write_run_file(paths: RunPaths, run_file: RunFile) -> None:
     write_atomically(paths.identity, to_json(msgspec.to_builtins(run_file)))
 
 
-def clashing_output(output_file: Path) -> Path | None:
-    """Another run's output beside this one where either has a name of the other's own files: as
-    `lora_rank8.jsonl` beside `lora.jsonl`, whose worker 8 would write into it."""
+def clashing_run(output_file: Path) -> Path | None:
+    """The folder of another run beside this one where either's output has a name of the other's own
+    files: as `lora_rank8.jsonl` beside `lora.jsonl`, whose worker 8 would write into it."""
 
     def clash(other: Path) -> bool:
         return is_own_name(output_file, other) or is_own_name(other, output_file)
 
+    own = output_file.stem
     for directory in sorted(output_file.absolute().parent.glob("*.run")):
         other = directory.with_suffix(".jsonl")
-        if not clash(other):
+        # Asked first, for folders may hold thousands of runs.
+        if not (other.stem.startswith(own) or own.startswith(other.stem)) or not clash(other):
             continue
-        with contextlib.suppress(OutputError, OSError):  # broken: whose it is can't be told
+        # A broken one: whose it is can't be told.
+        with contextlib.suppress(OutputError, OSError, ValueError):
             found = read_run_file(RunPaths(other))
             if found is not None and clash(other.with_name(found.output_name or other.name)):
-                return other.with_name(found.output_name or other.name)
+                return directory
     return None
 
 

@@ -18,7 +18,6 @@ from ragfleet.accounting import estimate_lines
 from ragfleet.beats import read_beats
 from ragfleet.config import PlanConfig
 from ragfleet.earlier_files import (
-    content_of,
     extending_refused,
     finished_before,
     keep_old_output,
@@ -246,14 +245,13 @@ def _merge(options: MergeOptions) -> str:
     statistics = write_results(
         indexed.merge_job(finished.winners),
         paths.output_file,
-        lambda new: notes.append(keep_old_output(paths.output_file, run_file, new.succeeded)),
+        lambda new, content: notes.append(keep_old_output(paths, run_file, new, content)),
         private=is_private(paths),
     )
     run_file.merged = {
         "statistics": msgspec.to_builtins(statistics, str_keys=True),
         "digest": indexed.digest(),
         "shards_removed": False,
-        "content": content_of(paths.output_file),
     }
     write_run_file(paths, run_file)
     said = [note for note in notes if note] + [f"{statistics.rows:,} rows → {paths.output_file}"]

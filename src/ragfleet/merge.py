@@ -74,7 +74,7 @@ class MergeJob:
 def write_results(
     job: MergeJob,
     output_file: Path,
-    before_replace: Callable[[MergeStatistics], None] | None = None,
+    before_replace: Callable[[MergeStatistics, str], None] | None = None,
     *,
     private: bool = False,
     on_progress: Callable[[int], None] | None = None,
@@ -82,7 +82,8 @@ def write_results(
     """Write the output whole or not at all: temporary file, fsync, rename, fsync of the folder.
 
     Args:
-        before_replace: called with the new statistics before the old output is replaced.
+        before_replace: called with the new statistics, and the hash of the new output, before the
+            old one is replaced.
         private: only the owner may read the output.
         on_progress: called now and then with the rows so far.
 
@@ -91,7 +92,7 @@ def write_results(
         StorageError: no room, no permission; the old output is untouched.
     """
     temporary = output_file.with_name(f".{output_file.name}.{os.getpid()}.tmp")
-    statistics = MergeStatistics()
+    statistics, digest = MergeStatistics(), xxhash.xxh3_128()
     try:
         mode = 0o600 if private else 0o666
         with open(
@@ -102,12 +103,13 @@ def write_results(
         ) as file:
             for number, row in enumerate(merged_rows(job, statistics), 1):
                 file.write(row)
+                digest.update(row)
                 if on_progress is not None and number % _PROGRESS_EVERY == 0:
                     on_progress(number)
             file.flush()
             os.fsync(file.fileno())
         if before_replace is not None:
-            before_replace(statistics)
+            before_replace(statistics, digest.hexdigest())
         os.replace(temporary, output_file)
         fsync_directory(output_file.parent)
     except OSError as error:

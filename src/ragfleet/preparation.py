@@ -22,7 +22,7 @@ from ragfleet.engines.vllm_options import answers_depend_on, choose_engine, find
 from ragfleet.errors import ConfigError, DeviceError, ModelError, OutputError
 from ragfleet.gpu_locks import GpuLocks
 from ragfleet.gpus import discover_gpus, visible_gpus
-from ragfleet.identity import Identity, RunFile, clashing_output, model_parts, now, read_run_file
+from ragfleet.identity import Identity, RunFile, clashing_run, model_parts, now, read_run_file
 from ragfleet.index import check_is_file, is_stream
 from ragfleet.launch import RunPaths
 from ragfleet.launchers.torchrun import TorchrunRank
@@ -319,10 +319,10 @@ def check_paths(config: RunConfig) -> None:
             f"--contexts_file {config.contexts_file} has a name that --output_file {output} uses"
             " for its own files; give one of them another name."
         )
-    if other := clashing_output(output):
+    if other := clashing_run(output):
         raise OutputError(
-            f"--output_file {output} and {other.name}, another run's output beside it: one has a"
-            " name that the other's own files have. Take another one, or a folder for each."
+            f"--output_file {output} and the run of {other} would take each other's files for their"
+            " own. Take another name, or a folder for each."
         )
     folder = output.absolute().parent
     existing = folder

@@ -21,7 +21,6 @@ from ragfleet.accounting import begin_account
 from ragfleet.beats import Beat, read_beats
 from ragfleet.config import RunConfig
 from ragfleet.earlier_files import (
-    content_of,
     finished_before,
     keep_old_output,
     merged_without_shards,
@@ -201,6 +200,7 @@ class _Run:
             class_hash=before.class_hash if before else preparation.class_hash,
             selection=msgspec.structs.replace(indexed.selection, launch_id=self.launch_id),
             merged=before.merged if before else None,
+            written=before.written if before else [],
             answer_tokens=before.answer_tokens if before else None,
         )
         if self.private:
@@ -313,8 +313,8 @@ class _Run:
                 " (was a shard deleted?). Run the same command again."
             )
 
-        def keep_old(statistics: MergeStatistics) -> None:
-            if note := keep_old_output(paths.output_file, run_file, statistics.succeeded):
+        def keep_old(statistics: MergeStatistics, content: str) -> None:
+            if note := keep_old_output(paths, run_file, statistics, content):
                 self.say(Event("note", note))
 
         statistics = write_results(
@@ -330,7 +330,6 @@ class _Run:
             "statistics": msgspec.to_builtins(statistics, str_keys=True),
             "digest": indexed.digest(),
             "shards_removed": removes,
-            "content": content_of(paths.output_file),
         }
         run_file.answer_tokens = self.answer_tokens(run_file)
         write_run_file(paths, run_file)

@@ -7,6 +7,7 @@ code, the last words and the files that are left.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import re
@@ -23,13 +24,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import xxhash
 
 from ragfleet.cli import main
-from ragfleet.earlier_files import backup_names, move_away
+from ragfleet.earlier_files import backup_names, keep_old_output, move_away
 from ragfleet.errors import OutputError
+from ragfleet.identity import RunFile, read_run_file
 from ragfleet.launch import RunPaths
 from ragfleet.records import decode_object
 from ragfleet.rows import SHARD_FIELDS
+from ragfleet.summary import MergeStatistics
 from ragfleet.verify import failed_inputs, verify
 
 KEYS = [
@@ -825,8 +829,44 @@ def test_an_output_that_was_edited_is_kept(tmp_path: Path, command: str) -> None
     output.write_bytes(labelled)
     said = again()
     (backup,) = tmp_path.glob("out.bak-*.jsonl")
-    assert f"is not as the last merge left it: that file is kept as {backup.name}" in said
+    assert f"is not what a merge wrote: that file is kept as {backup.name}" in said
     assert (backup.read_bytes(), output.read_bytes()) == (labelled, merged)
+
+
+def test_a_kill_around_the_replacement_confuses_no_output_with_an_edited_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Either file may be there then; and what is kept needs no room where links can be made."""
+    paths, run_file = RunPaths(tmp_path / "out.jsonl"), RunFile(run_key="", parts={}, clock="")
+    digests = {text: xxhash.xxh3_128_hexdigest(text.encode()) for text in "abc"}
+
+    def merge(new: str, there: str | None) -> str | None:
+        if there is not None:
+            paths.output_file.unlink(missing_ok=True)
+            paths.output_file.write_text(there)
+        return keep_old_output(paths, run_file, MergeStatistics(), digests[new])
+
+    assert merge("a", None) is None
+    assert merge("b", "a") is None
+    assert merge("c", "a") is None, "killed before b was there"
+    assert merge("b", "c") is None, "or just after"
+    assert merge("b", "c") is None
+    assert read_run_file(paths) == run_file
+    assert not list(tmp_path.glob("*.bak*"))
+    for number, makes_links in enumerate([True, False], 1):
+        if not makes_links:
+            monkeypatch.setattr(os, "link", raise_os_error)
+        note = merge("b", f"mine {number}")
+        kept = set(tmp_path.glob("*.bak*"))
+        assert len(kept) == number
+        assert note is not None
+        assert any(path.name in note and path.read_text() == f"mine {number}" for path in kept)
+    paths.output_file.unlink()
+    assert merge("b", None) is None
+
+
+def raise_os_error(*_: object) -> None:
+    raise OSError(errno.EPERM, "no links here")
 
 
 @pytest.mark.parametrize("name", ["answers", ".answers", "中" * 73 + ".jsonl"])

@@ -69,10 +69,31 @@ def test_outputs_that_take_each_others_files_for_their_own_are_refused(
         before = {path.name for path in folder.iterdir()}
         done = infer(folder, "../in.jsonl", "--output_file", second, "--overwrite")
         assert done.returncode == 2
-        assert f"--output_file {second} and {first}, another run's output" in done.stderr
+        folder_name = f"{first.removesuffix('.jsonl')}.run"
+        assert f"--output_file {second} and the run of" in done.stderr
+        assert f"{folder_name} would take each other's files" in done.stderr
         assert {path.name for path in folder.iterdir()} == before
         looked = [sys.executable, "-m", "ragfleet", "verify", "../in.jsonl", first]
         assert subprocess.run(looked, cwd=folder, check=False, timeout=60).returncode == 0
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        b'{"run_key":"\xff","parts":{},"clock":""}',
+        b'{"run_key":"","clock":"","parts":' + b"[" * 10**5,
+        b'{"run_key":"","clock":"","parts":{},"output_name":"a/b"}',
+    ],
+)
+def test_a_neighbours_broken_run_is_not_this_ones_trouble(tmp_path: Path, broken: bytes) -> None:
+    write_contexts(tmp_path / "in.jsonl")
+    neighbour = tmp_path / "out_rank8.run"
+    neighbour.mkdir()
+    (neighbour / "run.json").write_bytes(broken)
+    assert infer(tmp_path, "in.jsonl").returncode == 0
+    own = tmp_path / "out.run" / "run.json"
+    own.write_bytes(broken.replace(b"a/b", b"out.jsonl"))
+    assert "Traceback" not in infer(tmp_path, "in.jsonl").stderr
 
 
 def test_after_removed_shards_nothing_is_claimed_that_is_not_there(tmp_path: Path) -> None:

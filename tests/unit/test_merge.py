@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import xxhash
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -442,7 +443,9 @@ def test_what_is_asked_before_replacing_may_still_refuse(job: Job) -> None:
     job.output.write_bytes(b"old")
     seen = []
 
-    def refuse(statistics: MergeStatistics) -> None:
+    def refuse(statistics: MergeStatistics, content: str) -> None:
+        (new,) = job.folder.glob(".*tmp")
+        assert content == xxhash.xxh3_128_hexdigest(new.read_bytes())
         seen.append((statistics.succeeded, job.output.read_bytes()))
         raise KeyboardInterrupt
 

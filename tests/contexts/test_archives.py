@@ -50,6 +50,29 @@ def test_names_that_leave_the_folder(tmp_path: Path, name: str) -> None:
     assert not Path("/absolute.py").exists()
 
 
+@pytest.mark.parametrize(
+    ("place", "value", "says"),
+    [(8, 1, r"a\.whl can't be read: pkg/a\.py is encrypted"), (10, 99, r"a\.whl can't be read")],
+)
+def test_what_zipfile_cannot_open(tmp_path: Path, place: int, value: int, says: str) -> None:
+    """A flag, and a compression nobody knows, in the central directory's entry of a member."""
+    archive = tmp_path / "a.whl"
+    with zipfile.ZipFile(archive, "w") as zipped:
+        zipped.writestr("pkg/a.py", "x = 1\n")
+        zipped.writestr("pkg/a.bin", "")
+    data = bytearray(archive.read_bytes())
+    entry = data.index(b"PK\x01\x02")
+    data[entry + place] = value
+    archive.write_bytes(data)
+    with pytest.raises(ArchiveError, match=says):
+        extract(archive, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    data[entry + place] = 0
+    data[data.index(b"PK\x01\x02", entry + 4) + place] = value
+    archive.write_bytes(data)
+    assert len(extract(archive, tmp_path / "out").files) == 1, "what isn't wanted may be so"
+
+
 def test_links_and_devices_are_never_followed(tmp_path: Path) -> None:
     secret = tmp_path / "secret.py"
     secret.write_text("secret = 1\n")

@@ -30,6 +30,8 @@ MAX_TOTAL_BYTES: Final = 512 << 20
 MAX_STREAM_BYTES: Final = 8 << 30
 MAX_MEMBERS: Final = 200_000
 _BLOCK: Final = 1 << 16
+_ENCRYPTED: Final = 0x1
+"""Bit of a zip member's flags; zipfile raises a plain RuntimeError for it."""
 
 
 class ArchiveError(RagfleetError):
@@ -83,7 +85,7 @@ def extract(archive: Path, folder: Path) -> Extracted:
         lzma.LZMAError,
         EOFError,
         OSError,
-        RuntimeError,  # encrypted members, and as NotImplementedError unknown compressions
+        NotImplementedError,  # unknown compressions
         ValueError,
     ) as error:
         shutil.rmtree(folder, ignore_errors=True)
@@ -102,7 +104,7 @@ def _members(archive: Path) -> Iterator[tuple[str, str, Callable[[], IO[bytes] |
                 kind = "file" if mode in (0, stat.S_IFREG) else "link or device"
                 if info.is_dir():
                     kind = "folder"
-                yield info.filename, kind, partial(zipped.open, info)
+                yield info.filename, kind, partial(_opened, zipped, info)
         return
     # A stream ("r|"): members come one after another and nothing is sought, so a bomb stops at the
     # limit instead of being unpacked to find the next header.
@@ -116,6 +118,13 @@ def _members(archive: Path) -> Iterator[tuple[str, str, Callable[[], IO[bytes] |
             if member.isdir():
                 kind = "folder"
             yield member.name, kind, partial(tar.extractfile, member)
+
+
+def _opened(zipped: zipfile.ZipFile, member: zipfile.ZipInfo) -> IO[bytes]:
+    if member.flag_bits & _ENCRYPTED:
+        name = PurePosixPath(zipped.filename or "").name
+        raise ArchiveError(f"{name} can't be read: {member.filename} is encrypted.")
+    return zipped.open(member)
 
 
 class _Limited(io.RawIOBase):

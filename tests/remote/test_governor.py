@@ -6,6 +6,7 @@ import heapq
 import random
 from collections import deque
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -381,33 +382,20 @@ def test_a_worker_takes_a_quarter_of_a_second_at_a_time(budget: Budget, count: i
 
 
 def test_what_a_budget_is_made_of() -> None:
+    limits: dict[str, Any] = {
+        "requests_per_minute": 7,
+        "tokens_per_minute": 8,
+        "price_in": 2.0,
+        "price_out": 4.0,
+        "max_cost": 3.0,
+        "max_tokens_total": 2_000_000,
+        "max_outage_s": 9.0,
+    }
     spec = RemoteSpec(
-        provider="openai",
-        base_url="",
-        model="",
-        key_env="",
-        max_concurrency=50,
-        requests_per_minute=7,
-        tokens_per_minute=8,
-        price_in=2.0,
-        price_out=4.0,
-        max_cost=3.0,
-        max_tokens_total=2_000_000,
-        max_outage_s=9.0,
+        provider="openai", base_url="", model="", key_env="", max_concurrency=50, **limits
     )
     budget = budget_of(spec, 20, request_timeout_s=100.0, window_s=30.0)
-    assert budget == Budget(
-        requests_per_minute=7,
-        tokens_per_minute=8,
-        price_in=2.0,
-        price_out=4.0,
-        max_cost=3.0,
-        max_tokens_total=2_000_000,
-        max_outage_s=9.0,
-        free_retries=4 * 20 * 50,
-        longest_s=160.0,
-        window_s=30.0,
-    )
+    assert budget == Budget(**limits, free_retries=4 * 20 * 50, longest_s=160.0, window_s=30.0)
     assert budget_of(spec).free_retries == Budget().free_retries == 500
     assert budget_of(spec).longest_s == Budget().longest_s == 660
     tokens = (500_000.0, 500_000.0)

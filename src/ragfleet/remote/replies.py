@@ -205,12 +205,12 @@ def _filtered(message: str) -> Fault:
 
 
 def _read_error(status: int, headers: Mapping[str, str], body: bytes) -> Fault:
-    error = _error_object(body)
     if status < 400:
         # Without its query and its user, which may hold what is nobody's business.
         place = re.sub("//[^/]*@", "//", headers.get("location", "").partition("?")[0])
-        place = place[:_MESSAGE_LENGTH] or "nowhere"
-        error = {"message": f"it redirects to {place}"}
+        message = f"HTTP {status}: it redirects to {place[:_MESSAGE_LENGTH] or 'nowhere'}"
+        return Fault(error_type="redirected", message=message, remedy="stop", status=status)
+    error = _error_object(body)
     codes = {str(error[name]) for name in ("code", "type") if error.get(name) is not None}
     param = error.get("param")
     message = f"HTTP {status}: {str(error.get('message') or 'no reason given')[:_MESSAGE_LENGTH]}"
@@ -225,8 +225,6 @@ def _read_error(status: int, headers: Mapping[str, str], body: bytes) -> Fault:
             status=status,
         )
 
-    if status < 400:
-        return fault("redirected", "stop")
     if status in (400, 413, 422):
         if codes & _TOO_LONG_CODES or param in _TOO_LONG_PARAMS or status == 413:
             return fault("too_long", "fail")

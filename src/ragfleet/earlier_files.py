@@ -177,13 +177,14 @@ def move_away(paths: RunPaths, private: bool) -> None:
         path.rename(backup / paths.directory.name / path.name)
 
 
-def keep_old_output(
+def before_replacing(
     paths: RunPaths, run_file: RunFile, statistics: MergeStatistics, content: str
 ) -> str | None:
-    """Called before a merge replaces an output, with what the new one is, which it writes down.
+    """What a merge does before it replaces an output: keep the old one if it holds what the new one
+    will not, and write down the new one's `content`, its hash. Returns the note to show.
 
-    Keeps an old one that holds what the new one will not, and returns the note to show: it had more
-    answers, or is as no merge left it, for labels that somebody wrote into it are nowhere else.
+    The old one may have more answers, or be as no merge left it: labels that somebody wrote into it
+    are nowhere else.
     """
     output, old = paths.output_file, None
     with contextlib.suppress(FileNotFoundError):

@@ -18,9 +18,9 @@ from ragfleet.accounting import estimate_lines
 from ragfleet.beats import read_beats
 from ragfleet.config import PlanConfig
 from ragfleet.earlier_files import (
+    before_replacing,
     extending_refused,
     finished_before,
-    keep_old_output,
     lacks_shards,
 )
 from ragfleet.errors import OutputError, UsageError, WorkersFailed
@@ -245,7 +245,7 @@ def _merge(options: MergeOptions) -> str:
     statistics = write_results(
         indexed.merge_job(finished.winners),
         paths.output_file,
-        lambda new, content: notes.append(keep_old_output(paths, run_file, new, content)),
+        lambda new, content: notes.append(before_replacing(paths, run_file, new, content)),
         private=is_private(paths),
     )
     run_file.merged = {

@@ -21,8 +21,8 @@ from ragfleet.accounting import begin_account
 from ragfleet.beats import Beat, read_beats
 from ragfleet.config import RunConfig
 from ragfleet.earlier_files import (
+    before_replacing,
     finished_before,
-    keep_old_output,
     merged_without_shards,
     move_away,
     remove_old_launches,
@@ -314,7 +314,7 @@ class _Run:
             )
 
         def keep_old(statistics: MergeStatistics, content: str) -> None:
-            if note := keep_old_output(paths, run_file, statistics, content):
+            if note := before_replacing(paths, run_file, statistics, content):
                 self.say(Event("note", note))
 
         statistics = write_results(

@@ -27,7 +27,7 @@ import pytest
 import xxhash
 
 from ragfleet.cli import main
-from ragfleet.earlier_files import backup_names, keep_old_output, move_away
+from ragfleet.earlier_files import backup_names, before_replacing, move_away
 from ragfleet.errors import OutputError
 from ragfleet.identity import RunFile, read_run_file
 from ragfleet.launch import RunPaths
@@ -844,7 +844,7 @@ def test_a_kill_around_the_replacement_confuses_no_output_with_an_edited_one(
         if there is not None:
             paths.output_file.unlink(missing_ok=True)
             paths.output_file.write_text(there)
-        return keep_old_output(paths, run_file, MergeStatistics(), digests[new])
+        return before_replacing(paths, run_file, MergeStatistics(), digests[new])
 
     assert merge("a", None) is None
     assert merge("b", "a") is None
